@@ -1,0 +1,510 @@
+"""From a row of KLUE-RE to token ids: reading and checking files, cleaning, splitting, templates, tokens.
+
+A row says which relation holds between a subject and an object in a sentence. Its way through this module:
+
+    rows = read_rows("data/train.csv")                    # checked: a wrong row is named, never guessed
+    rows, removed = clean(rows)                           # repeated and contradicting rows
+    train, valid = split(rows, KLUE_LABELS, 0.1, 0.6, seed=42)
+    template = Template("typed_entity_marker_punct", "s_and_o")
+    examples, n_cut = encode(train, template, tokenizer, KLUE_LABELS, max_length=256)
+
+Formats: the CSV of the Boostcamp competition, KLUE's JSON, JSON lines; UTF-8 with or without BOM.
+"""
+
+import ast
+import csv
+import functools
+import io
+import json
+import os
+import re
+import sys
+import unicodedata
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# KLUE-RE's 30 relations in the order of the competition, whose submissions depend on it (KLUE's own order differs).
+KLUE_LABELS = (
+    "no_relation org:top_members/employees org:members org:product per:title org:alternate_names per:employee_of "
+    "org:place_of_headquarters per:product org:number_of_employees/members per:children per:place_of_residence "
+    "per:alternate_names per:other_family per:colleagues per:origin per:siblings per:spouse org:founded "
+    "org:political/religious_affiliation org:member_of per:parents org:dissolved per:schools_attended "
+    "per:date_of_death per:date_of_birth per:place_of_birth per:place_of_death org:founded_by per:religion"
+).split()
+TYPE_NAMES = {
+    "en": {"PER": "person", "ORG": "organization", "LOC": "location", "DAT": "date", "POH": "other", "NOH": "number"},
+    "ko": {"PER": "사람", "ORG": "조직", "LOC": "장소", "DAT": "시간", "POH": "기타", "NOH": "수량"},
+}
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The text is one line that says where, what was found and what was expected."""
+
+
+def exit_on_bad_input(main):
+    """Makes an InputError of a program one line on stderr and exit code 2, printed once however many ranks run."""
+
+    @functools.wraps(main)
+    def program():
+        try:
+            main()
+        except InputError as error:
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return program
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w"):
+    """Opens a file beside `path` that takes its place when the block ends well; what was at `path` stays till then."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(beside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class Entity(NamedTuple):
+    """A stretch of a sentence: `sentence[start : end + 1] == word`. `type` is PER, ORG, ... or None."""
+
+    word: str
+    start: int
+    end: int
+    type: str | None
+
+
+class Row(NamedTuple):
+    """One sentence with its two entities. `label` is None where the file does not tell; `where` is FILE:LINE."""
+
+    id: str
+    sentence: str
+    subject: Entity
+    object: Entity
+    label: str | None
+    source: str
+    where: str
+
+
+def data_file(data: str | Path, stem: str) -> Path:
+    """The file called `stem` in a data folder, in whichever format it is there, or `data` itself if it is a file."""
+    candidates = [Path(data), *(Path(data) / f"{stem}{suffix}" for suffix in (".csv", ".json", ".jsonl"))]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise InputError(f"{data}: no {stem}.csv, {stem}.json or {stem}.jsonl there; --data names the folder that holds it")
+
+
+def read_rows(path: str | Path, skipped: list[str] | None = None) -> list[Row]:
+    """All rows of a file in its order. Every row is checked; the first wrong one raises InputError.
+
+    With a list as `skipped`, wrong rows are left out instead and their messages appended to it.
+    """
+    rows, first = [], {}
+    for line, record in _records(Path(path)):
+        try:
+            row = _check(record, f"{path}:{line}")
+            _expect(row.id not in first, row.where, "id", row.id, f"another: line {first.get(row.id)} has it already")
+            first[row.id] = line
+            rows.append(row)
+        except InputError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file as text, without its byte order mark."""
+    try:
+        content = Path(path).read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: found byte {content[error.start]:#04x}, expected UTF-8 text") from error
+
+
+def read_csv(path: str | Path, columns: tuple[str, ...]):
+    """Yields (line, {column: cell}) for each record of a CSV file that has at least these columns."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    line, header = 1, None
+    try:
+        for cells in reader:
+            if header is None:
+                header = cells
+                missing = [column for column in columns if column not in header]
+                _expect(not missing, f"{path}:1", "header", ",".join(header), f"a column {', '.join(missing)}")
+            elif cells:
+                _expect(len(cells) == len(header), f"{path}:{line}", "row", cells, f"{len(header)} cells as the header")
+                yield line, dict(zip(header, cells, strict=True))
+            line = reader.line_num + 1  # where the next record starts: a quoted cell may span lines
+    except csv.Error as error:
+        raise InputError(f"{path}:{line}: broken CSV: {error}") from error
+
+
+def _records(path: Path):
+    """Yields (line, fields) of a CSV, JSON or JSON lines file; for JSON the line is the element's number."""
+    if path.suffix not in (".json", ".jsonl"):
+        yield from read_csv(path, ("id", "sentence", "subject_entity", "object_entity"))
+        return
+    text, line = read_text(path), 1
+    try:
+        if path.suffix == ".json":
+            records = list(enumerate(json.loads(text), 1))
+        else:
+            records = []
+            for line, piece in enumerate(text.split("\n"), 1):
+                if piece.strip():
+                    records.append((line, json.loads(piece)))
+    except (ValueError, TypeError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise InputError(f"{path}:{line}: expected {path.suffix[1:].upper()} rows: {error}") from error
+    for line, record in records:
+        _expect(isinstance(record, dict), f"{path}:{line}", "row", record, "an object")
+        yield line, {"id": record.get("guid"), **record}
+
+
+def _check(record: dict, where: str) -> Row:
+    id, sentence, label = (record.get(field) for field in ("id", "sentence", "label"))
+    _expect(_is_text(sentence), where, "sentence", sentence, "text")
+    subject, object = (_entity(record.get(f), f, sentence, where) for f in ("subject_entity", "object_entity"))
+    same = (subject.start, subject.end) == (object.start, object.end)
+    _expect(not same, where, "object_entity", object.word, "another span than the subject's")
+    _expect(isinstance(id, str | int) and str(id).strip(), where, "id", id, "a name for the row")
+    _expect(label is None or isinstance(label, str | int), where, "label", label, "the name of a relation")
+    label = None if label is None or str(label).strip() in ("", "100") else str(label)  # 100: not told, in test files
+    return Row(str(id), sentence, subject, object, label, str(record.get("source") or ""), where)
+
+
+def _entity(found, field: str, sentence: str, where: str) -> Entity:
+    if isinstance(found, str):
+        try:
+            found = ast.literal_eval(found)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise InputError(f"{where}: {field}: found {_short(found)}, expected a dict literal") from error
+    _expect(isinstance(found, dict), where, field, found, "a dict of word, start_idx, end_idx, type")
+    word, start, end, kind = (found.get(key) for key in ("word", "start_idx", "end_idx", "type"))
+    _expect(_is_text(word), where, f"{field}: word", word, "text")
+    _expect(type(start) is int, where, f"{field}: start_idx", start, "a whole number")
+    _expect(type(end) is int, where, f"{field}: end_idx", end, "a whole number")
+    _expect(kind is None or _is_text(kind), where, f"{field}: type", kind, "text such as PER")
+    inside = 0 <= start <= end < len(sentence)
+    bounds = f"0 <= start_idx <= end_idx < {len(sentence)} (the sentence's length)"
+    _expect(inside, where, f"{field}: start_idx, end_idx", (start, end), bounds)
+    piece = sentence[start : end + 1]
+    if piece != word:
+        raise InputError(f"{where}: {field}: word {_short(word)} but sentence[{start}:{end + 1}] is {_short(piece)}")
+    return Entity(word, start, end, kind or None)
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # JSON can spell half a character
+
+
+def _expect(holds, where: str, field: str, found, expected: str):
+    if not holds:
+        raise InputError(f"{where}: {field}: found {_short(found)}, expected {expected}")
+
+
+def _short(value) -> str:
+    text = repr(value)  # escapes line ends and half characters: a message stays one printable line
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def find_labels(rows: list[Row], negative: str = "no_relation") -> list[str]:
+    """KLUE-RE's labels, or a data set's own where most of its relations are not KLUE's, the negative label first."""
+    found = {row.label for row in rows if row.label is not None} - {negative}
+    if negative == KLUE_LABELS[0] and 2 * len(found & set(KLUE_LABELS)) >= len(found):
+        return list(KLUE_LABELS)
+    return [negative, *sorted(found)]
+
+
+def with_known_labels(rows: list[Row], labels: list[str], skipped: list[str] | None = None) -> list[Row]:
+    """The rows, once it is sure that each has one of `labels`; wrong ones as in `read_rows`."""
+    bad = [row for row in rows if row.label not in labels]
+    expected = f"one of {len(labels)} labels such as {', '.join(labels[:2])}"
+    if bad and skipped is None:
+        _expect(False, bad[0].where, "label", bad[0].label, expected)
+    if bad:
+        skipped += [f"{row.where}: label: found {_short(row.label)}, expected {expected}" for row in bad]
+    return [row for row in rows if row.label in labels]
+
+
+# --- cleaning and splitting --------------------------------------------------------------------------------------
+
+
+def clean(rows: list[Row], negative: str = "no_relation") -> tuple[list[Row], list[Row]]:
+    """Rows without repeats, and those removed. Of equal rows the first stays; of rows alike but for the label the
+    one with a relation, between two relations the later (what the report's authors decided by hand)."""
+    kept, removed = {}, []
+    for row in rows:
+        key = (row.sentence, row.subject, row.object)
+        old = kept.get(key)
+        if old is None:
+            kept[key] = row
+        elif row.label in (old.label, negative):
+            removed.append(row)
+        else:
+            removed.append(old)
+            kept[key] = row
+    gone = {row.id for row in removed}
+    return [row for row in rows if row.id not in gone], removed
+
+
+def split(rows: list[Row], labels: list[str], share: float, negative_share: float | None, seed: int):
+    """(train, valid) where valid has about `share` of the rows and all rows of one sentence are on one side.
+
+    Its labels are mixed as in `rows`, or, given `negative_share`, with that share of the negative label (the first)
+    and the others in proportion: KLUE-RE's test set has about 60 % no_relation against 29 % in train.
+    """
+    counts = Counter(row.label for row in rows)
+    wanted = {label: share * counts[label] for label in labels}
+    if negative_share is not None:
+        relations = len(rows) - counts[labels[0]]
+        ratio = share * len(rows) * (1 - negative_share) / max(relations, 1)
+        wanted = {label: ratio * counts[label] for label in labels}
+        wanted[labels[0]] = share * len(rows) * negative_share
+        if ratio > 0.5 or wanted[labels[0]] > 0.5 * counts[labels[0]]:
+            raise InputError(
+                f"--no-relation-share {negative_share} would put over half of some label into validation: "
+                f"{counts[labels[0]]} of {len(rows)} rows are {labels[0]}; use --split stratified"
+            )
+    room = {label: round(n) for label, n in wanted.items()}
+    groups = {}
+    for row in rows:
+        groups.setdefault(row.sentence, []).append(row)
+    sentences = list(groups)
+    valid = set()
+    for i in np.random.default_rng(seed).permutation(len(sentences)):
+        need = Counter(row.label for row in groups[sentences[i]])
+        if all(room[label] >= n for label, n in need.items()):
+            valid.add(sentences[i])
+            for label, n in need.items():
+                room[label] -= n
+    if not valid or len(valid) == len(sentences):
+        raise InputError(f"{len(rows)} rows are too few to split; name a validation file with --valid")
+    return [r for r in rows if r.sentence not in valid], [r for r in rows if r.sentence in valid]
+
+
+# --- templates ---------------------------------------------------------------------------------------------------
+
+
+def particle(word: str, pair: str) -> str:
+    """The particle of `pair` ("과/와", "은/는", "으로/로"; consonant form first) that is right behind `word`.
+
+    Digits and Latin letters go by their Korean reading; a closing bracket by the word before the bracket.
+    """
+    after_consonant, after_vowel = pair.split("/")
+    text = unicodedata.normalize("NFC", word)
+    text = re.sub(r"(?<=\w)\s*[(（\[][^()（）\[\]]*[)）\]]\W*$", "", text)
+    text = re.sub(r"[^\w%]+$", "", text)
+    last = text[-1:]
+    if "가" <= last <= "힣":
+        final = (ord(last) - ord("가")) % 28
+        closed, rieul = final > 0, final == 8
+    elif last.isdigit():
+        closed, rieul = last in "013678", last in "178"  # 영 일 삼 육 칠 팔 end in a consonant
+    elif re.search(r"(?:^|[^a-z])[A-Z]+$", text):
+        closed, rieul = last in "LMNR", last in "LR"  # spelt out: 엘 엠 엔 알
+    else:
+        closed = bool(re.search(r"(?:[lmn]e?|ng|[aeiou](?:c?k|p|t))$", text, re.IGNORECASE))
+        rieul = bool(re.search(r"le?$", text, re.IGNORECASE))
+    return after_vowel if not closed or (rieul and after_consonant == "으로") else after_consonant
+
+
+class Rendered(NamedTuple):
+    """A row as text. `spans` holds, for subject and object, where in `text` the opening marker starts, the word
+    starts, the word ends and the closing marker ends (offsets in characters, ends exclusive)."""
+
+    before: str
+    text: str
+    after: str
+    spans: tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
+
+
+class Template(NamedTuple):
+    """How a row becomes text: a marker (KEYS of MARKERS), a prompt (KEYS of PROMPTS), names of types ("en", "ko")."""
+
+    marker: str = "typed_entity_marker_punct"
+    prompt: str = "s_and_o"
+    type_names: str = "en"
+
+    def render(self, row: Row, separator: str = "[SEP]") -> Rendered:
+        """The text of a row; `separator` is the tokenizer's own. Each entity is marked at its own offsets, whether
+        they overlap, nest or share a word. Raises InputError where a typed marker meets an entity without type."""
+        entities = (row.subject, row.object)
+        edits = []
+        for who, entity in enumerate(entities):
+            opening, closing = self._markers(who, entity, row.where)
+            # at one offset: closings first and the inner one before the outer, openings the outer before the inner
+            edits.append((entity.start, 1, -entity.end, who, opening))
+            edits.append((entity.end + 1, 0, -entity.start, who, closing))
+        text, at, inside, spans = "", 0, 0, [[], []]
+        for offset, is_opening, _, who, mark in sorted(edits):
+            if not (inside and self.marker == "entity_mask"):
+                text += row.sentence[at:offset]
+            at = offset
+            spans[who].append(len(text))
+            text += mark
+            spans[who].append(len(text))
+            inside += 1 if is_opening else -1
+        text += row.sentence[at:]
+        s, o = row.subject.word, row.object.word
+        before, after = PROMPTS[self.prompt]
+        words = {"s": s, "o": o, "sep": separator, "s과": s + particle(s, "과/와"), "o은": o + particle(o, "은/는")}
+        return Rendered(before.format(**words), text, after.format(**words), tuple(map(tuple, spans)))
+
+    def added_tokens(self, types: set[str]) -> list[str]:
+        """The markers that a tokenizer has to learn as tokens of their own, for these entity types."""
+        if self.marker not in ("entity_mask", "entity_marker", "typed_entity_marker"):
+            return []
+        tokens = set()
+        for type in sorted(types | set(TYPE_NAMES["en"])):
+            for who in (0, 1):
+                tokens |= {mark.strip() for mark in self._markers(who, Entity("", 0, 0, type), "") if mark.strip()}
+        return sorted(tokens)
+
+    def _markers(self, who: int, entity: Entity, where: str) -> tuple[str, str]:
+        opening, closing = MARKERS[self.marker][who]
+        if "{" in opening and entity.type is None:
+            field = ("subject_entity", "object_entity")[who]
+            raise InputError(f"{where}: {field}: has no type, which --marker {self.marker} needs; use entity_marker")
+        name = TYPE_NAMES[self.type_names].get(entity.type, (entity.type or "").lower())
+        return opening.format(type=name, TYPE=entity.type), closing.format(type=name)
+
+
+# (opening, closing) for the subject, then for the object; the words of `none` and `entity_mask` have no closing mark
+MARKERS = {
+    "none": (("", ""), ("", "")),
+    "entity_mask": (("[SUBJ-{TYPE}]", ""), ("[OBJ-{TYPE}]", "")),
+    "entity_marker": (("[E1] ", " [/E1]"), ("[E2] ", " [/E2]")),
+    "entity_marker_punct": (("@ ", " @ "), ("# ", " # ")),
+    "typed_entity_marker": (("<s:{type}> ", " </s:{type}> "), ("<o:{type}> ", " </o:{type}> ")),
+    "typed_entity_marker_punct": (("@ * {type} * ", " @ "), ("# ^ {type} ^ ", " # ")),
+}
+# (before, after) the sentence; the first is the first segment of the input, the second ends the second segment
+PROMPTS = {
+    "none": ("", ""),
+    "s_sep_o": ("{s}{sep}{o}", ""),
+    "s_and_o": ("{s과} {o}의 관계", ""),
+    "quiz": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", ""),
+    "problem": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", " {s과} {o은} 어떤 관계입니까?"),
+}
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """A row for the encoder: token ids (L,), their segment 0 or 1 (L,), the tokens at which the marks of subject and
+    object open, and the label's number (-1 where there is none)."""
+
+    ids: np.ndarray
+    types: np.ndarray
+    marks: tuple[int, int]
+    label: int
+
+
+def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):
+    """(examples, number of sentences cut) for a fast Hugging Face tokenizer.
+
+    An input over `max_length` tokens loses context, never an entity or a mark: kept are the marks, then the words of
+    the entities, then the tokens nearest to either. A prompt takes at most a quarter of it on each side.
+    """
+    rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
+    number = {label: i for i, label in enumerate(labels)}
+    start, middle, end, types = _special_tokens(tokenizer, pair=bool(PROMPTS[template.prompt][0]))
+    before, after = (
+        [_cut_middle(ids, max_length // 4) for ids in _tokens(tokenizer, texts)["input_ids"]]
+        for texts in ([r.before for r in rendered], [r.after for r in rendered])
+    )
+    texts = _tokens(tokenizer, [r.text for r in rendered], return_offsets_mapping=True)
+    examples, n_cut = [], 0
+    for i, r in enumerate(rendered):
+        ids, offsets = texts["input_ids"][i], np.array(texts["offset_mapping"][i], dtype=np.int64).reshape(-1, 2)
+        marks = [max(int(np.searchsorted(offsets[:, 0], span[0], side="right")) - 1, 0) for span in r.spans]
+        room = max_length - len(start) - len(before[i]) - len(middle) - len(after[i]) - len(end)
+        if len(ids) > room:
+            keep = _nearest_to_marks(offsets, r.spans, room, rows[i].where)
+            ids = [ids[k] for k in keep]
+            marks = [max(int(np.searchsorted(keep, mark, side="right")) - 1, 0) for mark in marks]
+            n_cut += 1
+        first = len(start) + len(before[i]) + len(middle)
+        ids = start + before[i] + middle + ids + after[i] + end
+        segments = np.full(len(ids), types[1], dtype=np.int64)
+        segments[:first] = types[0]
+        marks = (first + marks[0], first + marks[1])
+        examples.append(Example(np.array(ids, dtype=np.int64), segments, marks, number.get(rows[i].label, -1)))
+    return examples, n_cut
+
+
+def _tokens(tokenizer, texts: list[str], **extra):
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, **extra)
+
+
+def _special_tokens(tokenizer, pair: bool):
+    """The tokens that a tokenizer puts before, between and after its segments, and the segments' type ids."""
+    first, second = _tokens(tokenizer, ["가", "나"])["input_ids"]
+    if not pair:
+        ids = tokenizer("나")["input_ids"]
+        at = next(i for i in range(len(ids)) if ids[i : i + len(second)] == second)
+        return ids[:at], [], ids[at + len(second) :], (0, 0)
+    both = tokenizer("가", "나")
+    ids, kinds = both["input_ids"], both.get("token_type_ids")
+    one = next(i for i in range(len(ids)) if ids[i : i + len(first)] == first)
+    two = next(i for i in range(one + len(first), len(ids)) if ids[i : i + len(second)] == second)
+    types = (kinds[one], kinds[two]) if kinds else (0, 0)
+    return ids[:one], ids[one + len(first) : two], ids[two + len(second) :], types
+
+
+def _cut_middle(ids: list[int], room: int) -> list[int]:
+    return ids if len(ids) <= room else ids[: room - room // 2] + ids[len(ids) - room // 2 :]
+
+
+def _nearest_to_marks(offsets: np.ndarray, spans, room: int, where: str) -> np.ndarray:
+    """The `room` tokens to keep, ascending: marks first, then words by distance from their marks, then context."""
+    starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+    rank = np.full(len(offsets), 2)
+    distance = np.full(len(offsets), np.iinfo(np.int64).max)
+    for opening, word, word_end, closing in spans:
+        rank[(starts < word_end) & (ends > word) & (rank > 1)] = 1
+        rank[((starts < word) & (ends > opening)) | ((starts < closing) & (ends > word_end))] = 0
+        for edge in (word, word_end):
+            distance = np.minimum(distance, np.where(starts < edge, edge - ends, starts - edge).clip(0))
+    if (rank == 0).sum() > room:
+        raise InputError(f"{where}: the marks of both entities take more than {room} tokens; raise --max-length")
+    return np.sort(np.lexsort((distance, rank))[:room])
+
+
+# --- predictions -------------------------------------------------------------------------------------------------
+
+
+def write_predictions(path: str | Path, ids: list[str], predicted: list[str], probs: np.ndarray, gold=None):
+    """Writes id,pred_label,probs as the competition wants them, and the gold labels after the id where given."""
+    with atomic_write(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", *(["label"] if gold else []), "pred_label", "probs"])
+        for i, (id, label, p) in enumerate(zip(ids, predicted, probs, strict=True)):
+            writer.writerow([id, *([gold[i]] if gold else []), label, json.dumps(p.tolist())])

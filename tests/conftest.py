@@ -1,0 +1,50 @@
+"""What the tests share: the sample's rows, tiny encoders made on the spot, and the programs run as users run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "tests" / "sample"
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from data import Template, read_rows  # noqa: E402
+from train import make_tiny_encoder  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return read_rows(SAMPLE / "train.csv")
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory, rows):
+    """A tiny BERT with its tokenizer, learned from the sample; without dropout."""
+    folder = tmp_path_factory.mktemp("encoder")
+    texts = [Template().render(row).text for row in rows]
+    make_tiny_encoder(str(folder), [*texts, "가까운 비틀즈와 조지 해리슨 [SUBJ-ORG] </o:person>"], seed=0)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a program in an empty folder: run("train.py", "--demo", processes=2, code=0) -> CompletedProcess."""
+
+    def run(program, *arguments, processes=1, code=0, **kwargs):
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(ROOT / program), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=400, **kwargs)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run

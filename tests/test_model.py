@@ -1,0 +1,223 @@
+"""The encoder over flat batches, the heads, the losses, prediction and the checkpoint."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from sklearn.metrics import log_loss
+
+from data import Example, InputError
+from model import (
+    Dropout,
+    Machine,
+    RelationModel,
+    collate,
+    load_checkpoint,
+    load_encoder,
+    load_tokenizer,
+    predict,
+    relation_loss,
+    restore,
+    save_checkpoint,
+    within_tokens,
+)
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FAMILIES = {
+    "bert": transformers.BertConfig(**SMALL, **NO_DROPOUT),
+    "roberta": transformers.RobertaConfig(**SMALL, **NO_DROPOUT, type_vocab_size=1, pad_token_id=1),
+    "xlm-r": transformers.XLMRobertaConfig(**SMALL, **NO_DROPOUT, type_vocab_size=1, pad_token_id=1),
+    "electra": transformers.ElectraConfig(**SMALL, **NO_DROPOUT, embedding_size=16),
+    # windows of 8 tokens, shorter than the sentences
+    "modernbert": transformers.ModernBertConfig(**SMALL, local_attention=8, pad_token_id=0, bos_token_id=1,
+                                                eos_token_id=2, cls_token_id=1, sep_token_id=2),
+    "deberta-v2": transformers.DebertaV2Config(**SMALL, **NO_DROPOUT, relative_attention=True, position_buckets=8,
+                                               pos_att_type=["p2c", "c2p"], type_vocab_size=2),
+}  # fmt: skip
+CPU = Machine(torch.device("cpu"), None)
+
+
+def encoder_of(family):
+    torch.manual_seed(0)
+    return transformers.AutoModel.from_config(copy.deepcopy(FAMILIES[family]))
+
+
+def examples_of(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [
+        Example(random.integers(5, 99, n), np.sort(random.integers(0, 2, n)), (1, n - 2), int(random.integers(30)))
+        for n in lengths
+    ]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flat_states_equal_padded_states(family, training):
+    encoder = encoder_of(family)
+    padded = copy.deepcopy(encoder).train(training)
+    model = RelationModel(encoder, 30).train(training)
+    assert model.is_flat == (family != "deberta-v2")
+    examples = examples_of((7, 30, 7, 13, 25, 25))
+    batch = collate(examples, np.arange(6))
+    states = model.encode(batch)
+
+    ids = torch.full((6, 30), model.encoder.config.pad_token_id)
+    mask, types = torch.zeros(6, 30, dtype=torch.long), torch.zeros(6, 30, dtype=torch.long)
+    for i, row in enumerate(batch.rows):
+        n = len(examples[row].ids)
+        ids[i, :n], types[i, :n] = torch.from_numpy(examples[row].ids), torch.from_numpy(examples[row].types)
+        mask[i, :n] = 1
+    types = {"token_type_ids": types} if model.has_types else {}
+    assert model.has_types == (family in ("bert", "electra", "deberta-v2"))
+    expected = padded(input_ids=ids, attention_mask=mask, **types).last_hidden_state[mask.bool()]
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+
+    # and the same gradients reach the embeddings
+    direction = torch.randn_like(states)
+    (states * direction).sum().backward()
+    (expected * direction).sum().backward()
+    found, wanted = (e.get_input_embeddings().weight.grad for e in (model.encoder, padded))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["cls", "entity", "bilstm", "bigru"])
+def test_heads_read_what_they_say(head):
+    model = RelationModel(encoder_of("bert"), 30, head, norm="none").eval()
+    examples = examples_of((9, 4, 17, 9))
+    batch = collate(examples, np.arange(4))
+    logits = model(batch)
+    assert logits.shape == (4, 30)
+    for i, row in enumerate(batch.rows):  # each sentence by itself, by plain torch
+        example = examples[row]
+        states = model.encode(collate([example], np.array([0])))
+        if head == "cls":
+            features = states[0]
+        elif head == "entity":
+            features = torch.cat([states[0], states[example.marks[0]], states[example.marks[1]]])
+        else:
+            out, _ = model.rnn(states[:, None])
+            features = torch.cat([out[-1, 0, :32], out[0, 0, 32:]])
+        torch.testing.assert_close(logits[i], model.classifier(features), rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_before_the_classifier():
+    model = RelationModel(encoder_of("bert"), 30, norm="layer", gelu=True, dropout=0.5)
+    assert isinstance(model.norm, torch.nn.LayerNorm)
+    assert isinstance(model.activation, torch.nn.GELU)
+    assert model.dropout.p == 0.5
+    assert isinstance(RelationModel(encoder_of("bert"), 30, norm="batch").norm, torch.nn.BatchNorm1d)
+
+
+def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.1), torch.ones(1000, 1001)
+    y = dropout(x)
+    assert abs((y == 0).float().mean() - 0.1) < 0.001
+    assert abs(y.mean() - 1) < 0.002
+    assert set(y.unique().tolist()) == {0.0, float(torch.tensor(1.0) / 0.9)}
+    assert torch.equal(dropout.eval()(x), x)
+    model = RelationModel(transformers.AutoModel.from_config(transformers.BertConfig(**SMALL)), 30)
+    assert {type(m) for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {Dropout}
+
+
+def test_losses():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 30), torch.randint(30, (6,))
+    p = logits.softmax(1).numpy()
+    expected = log_loss(labels.numpy(), p.astype(float), labels=range(30))
+    assert relation_loss(logits, labels).mean().item() == pytest.approx(expected, rel=1e-5)
+    p_t = p[np.arange(6), labels]
+    alpha = torch.rand(30)
+    found = relation_loss(logits, labels, focal_gamma=2.0, focal_alpha=alpha)
+    np.testing.assert_allclose(found, -alpha[labels] * (1 - p_t) ** 2 * np.log(p_t), rtol=1e-4)
+    smooth = relation_loss(logits, labels, label_smoothing=0.1).numpy()
+    np.testing.assert_allclose(smooth, -0.9 * np.log(p_t) - 0.1 * np.log(p).mean(1), rtol=1e-4)
+
+
+def test_runs_within_a_token_budget_hold_every_row_once():
+    lengths = np.array([5, 3, 9, 40, 2, 2])
+    runs = within_tokens(np.arange(6), lengths, 10)
+    assert sorted(np.concatenate(runs)) == list(range(6))
+    assert all(lengths[run].sum() <= 10 or len(run) == 1 for run in runs)
+    assert runs[0].tolist() == [3]
+
+
+@pytest.mark.parametrize("head", ["entity", "bilstm", "bigru"])
+@pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
+def test_predictions_do_not_depend_on_the_batch(family, head):
+    model = RelationModel(encoder_of(family), 30, head)
+    examples = examples_of((9, 4, 17, 9, 30, 22, 4))
+    together = predict(model, examples, CPU)
+    alone = predict(model, examples, CPU, max_tokens=1)
+    turned = predict(model, examples[::-1], CPU, max_tokens=40)[::-1]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together, turned, atol=1e-5)
+    np.testing.assert_allclose(together.sum(1), 1, atol=1e-12)
+
+
+def test_encoders_load_as_fp32_and_new_tokens_start_as_the_mean(encoder_folder, tmp_path):
+    transformers.AutoModel.from_pretrained(encoder_folder, dtype=torch.float16).save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    old = encoder.get_input_embeddings().weight
+    new = load_encoder(str(tmp_path), len(old) + 3).get_input_embeddings().weight
+    torch.testing.assert_close(new[: len(old)], old)
+    torch.testing.assert_close(new[len(old) :], old.mean(0).expand(3, -1))
+
+
+def test_an_absent_encoder_is_one_line(tmp_path):
+    for load in (load_encoder, load_tokenizer):
+        with pytest.raises(InputError, match=r"--model .*absent") as raised:
+            load(str(tmp_path / "absent"))
+        assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, encoder_folder):
+    tokenizer = load_tokenizer(str(encoder_folder))
+    tokenizer.add_tokens(["[E1]"])
+    model = RelationModel(load_encoder(str(encoder_folder), len(tokenizer)), 3, "bigru")
+    settings = {"head": "bigru", "norm": "layer", "gelu": False, "dropout": 0.0}
+    save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer, ["a", "b", "c"], settings=settings)
+    return tmp_path / "ckpt.pt", model, tokenizer
+
+
+def test_a_checkpoint_brings_back_model_and_tokenizer(checkpoint):
+    path, model, tokenizer = checkpoint
+    restored, restored_tokenizer = restore(load_checkpoint(path))
+    examples = examples_of((9, 4, 17))
+    np.testing.assert_array_equal(predict(model, examples, CPU), predict(restored, examples, CPU))
+    assert restored_tokenizer("[E1] 비틀즈")["input_ids"] == tokenizer("[E1] 비틀즈")["input_ids"]
+    assert restored_tokenizer.sep_token == "[SEP]"
+
+
+def test_a_truncated_or_foreign_checkpoint_is_named(checkpoint, tmp_path):
+    path = checkpoint[0]
+    content = path.read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_text("")
+    torch.save({"weights": {}}, tmp_path / "foreign.pt")
+    for name in ("half.pt", "text.pt", "empty.pt", "foreign.pt", "absent.pt"):
+        with pytest.raises(InputError, match=name) as raised:
+            load_checkpoint(tmp_path / name)
+        assert "\n" not in str(raised.value)
+
+
+class Planted:
+    def __reduce__(self):
+        return (open, ("planted", "w"))
+
+
+def test_a_planted_pickle_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "weights": Planted()}, "bad.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Planted()))
+    for name in ("bad.pt", "raw.pt"):
+        with pytest.raises(InputError, match=name):
+            load_checkpoint(name)
+    assert not (tmp_path / "planted").exists()

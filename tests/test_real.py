@@ -1,0 +1,64 @@
+"""KLUE-RE itself and a real pretrained encoder: where KLUE_RE names the data's folder and RE_ENCODER the encoder's."""
+
+import csv
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data import KLUE_LABELS, Template, clean, encode, find_labels, read_rows, split, with_known_labels
+from model import load_tokenizer
+
+KLUE_RE, RE_ENCODER = os.environ.get("KLUE_RE"), os.environ.get("RE_ENCODER")
+needs_data = pytest.mark.skipif(not KLUE_RE, reason="KLUE_RE is not set")
+needs_both = pytest.mark.skipif(not (KLUE_RE and RE_ENCODER), reason="KLUE_RE and RE_ENCODER are not set")
+
+
+@needs_data
+def test_klue_re_is_read_cleaned_and_split_as_the_report_did():
+    rows = read_rows(Path(KLUE_RE) / "train.csv")
+    assert len(rows) == 32470
+    assert find_labels(rows) == KLUE_LABELS
+    rows, removed = clean(with_known_labels(rows, KLUE_LABELS))
+    assert len(removed) == 47
+    assert {"6749", "8364", "22258", "4212"} <= {row.id for row in removed}
+    train, valid = split(rows, KLUE_LABELS, 0.1, 0.6, seed=42)
+    assert not {r.sentence for r in train} & {r.sentence for r in valid}
+    assert abs(Counter(r.label for r in valid)["no_relation"] / len(valid) - 0.6) < 0.01
+    assert abs(len(valid) / len(rows) - 0.1) < 0.005
+    assert len({r.label for r in valid}) == 30
+    test = read_rows(Path(KLUE_RE) / "test_data.csv")
+    assert len(test) == 7765
+    assert {row.label for row in test} == {None}
+
+
+@needs_both
+def test_marks_are_found_in_every_row():
+    rows, tokenizer = read_rows(Path(KLUE_RE) / "train.csv")[:3000], load_tokenizer(RE_ENCODER)
+    examples, _ = encode(rows, Template(), tokenizer, KLUE_LABELS, 256)
+    for row, example in zip(rows, examples):
+        subject, object = tokenizer.convert_ids_to_tokens([int(example.ids[mark]) for mark in example.marks])
+        assert "@" in subject, row
+        assert "#" in object, row
+
+
+@needs_both
+def test_a_real_encoder_trains_and_predicts(run, tmp_path):
+    data = tmp_path / "klue"
+    data.mkdir()
+    for name, n in (("train.csv", 5000), ("test_data.csv", 200)):
+        with open(Path(KLUE_RE) / name, encoding="utf-8", newline="") as file:
+            table = list(csv.reader(file))[: n + 1]
+        with open(data / name, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(table)
+    settings = "--head bilstm --lr 1.5e-4 --batch-size 32 --epochs 1 --limit 400 --split stratified --out runs/real"
+    done = run("train.py", "--data", data, "--model", RE_ENCODER, *settings.split())
+    assert "320 rows to train on, 80 to validate on" in done.stdout or "rows to train on" in done.stdout
+    done = run("infer.py", "runs/real/ckpt.pt")
+    with open(tmp_path / "out/real.csv", encoding="utf-8", newline="") as file:
+        predicted = list(csv.DictReader(file))
+    assert [row["id"] for row in predicted] == [row.id for row in read_rows(data / "test_data.csv")]
+    assert all(abs(sum(json.loads(row["probs"])) - 1) < 1e-9 for row in predicted)
+    assert "micro F1" not in done.stdout

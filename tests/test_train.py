@@ -1,0 +1,181 @@
+"""The settings, the order of batches, the optimiser, and runs of train.py through the command line."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from data import InputError
+from model import Machine
+from train import Settings, learning_rate, make_optimizer, parse_settings, share_of_rank, training_batches
+
+
+def test_settings_come_from_the_command_line():
+    settings = parse_settings(["--head", "bilstm", "--no-clean", "--lr", "1e-4", "--gelu"])
+    assert settings == Settings(head="bilstm", clean=False, lr=1e-4, gelu=True)
+    assert settings.folder().as_posix() == "runs/roberta-large-bilstm-no_clean-gelu-lr=0.0001"
+    assert parse_settings([]).folder().as_posix() == "runs/roberta-large-cls"
+    demo = parse_settings(["--demo", "--head", "bigru"])
+    assert (demo.out, demo.head, demo.model) == ("runs/demo", "bigru", "runs/demo/encoder")
+
+
+def test_the_defaults_are_those_of_the_report():
+    s = Settings()
+    assert (s.model, s.data, s.batch_size, s.lr, s.epochs, s.beta2) == ("klue/roberta-large", "data", 64, 2e-5, 5, 0.98)
+    assert (s.weight_decay, s.warmup_ratio, s.marker, s.prompt) == (0.01, 0.06, "typed_entity_marker_punct", "s_and_o")
+    assert (s.seed, s.max_length, s.split, s.norm, s.gelu, s.dropout) == (42, 256, "test-like", "layer", False, 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--epochs 0",
+        "--lr -1",
+        "--lr nan",
+        "--max-length 10",
+        "--label-smoothing 0.1 --focal-gamma 2",
+        "--resume --fresh",
+    ],
+)
+def test_impossible_settings_are_an_error(arguments):
+    with pytest.raises(InputError, match="--"):
+        parse_settings(arguments.split())
+
+
+@pytest.mark.parametrize("arguments", ["--head mlp", "--unknown 1", "--epochs x"])
+def test_unknown_settings_are_an_error(arguments):
+    with pytest.raises(SystemExit) as raised:
+        parse_settings(arguments.split())
+    assert raised.value.code == 2
+
+
+def test_batches_are_a_pure_function_of_seed_and_epoch_and_alike_in_length():
+    lengths = np.random.default_rng(0).integers(20, 200, 1003)
+    batches = training_batches(lengths, 16, seed=1, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert sorted(len(b) for b in batches) == [1003 % 16] + [16] * (1003 // 16)
+    again, other = training_batches(lengths, 16, 1, 0), training_batches(lengths, 16, 1, 1)
+    assert all((a == b).all() for a, b in zip(batches, again))
+    assert any((a != b).any() for a, b in zip(batches, other) if len(a) == len(b))
+    assert np.mean([np.ptp(lengths[b]) for b in batches]) < np.ptp(lengths) / 5
+
+
+def test_the_learning_rate_rises_and_falls_in_lines():
+    settings = Settings(lr=1.0, warmup_ratio=0.1)
+    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    np.testing.assert_allclose(rates[10:], (90 - np.arange(90)) / 90)
+
+
+def test_biases_and_norms_do_not_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    decayed, free = make_optimizer(model, Settings(weight_decay=0.1)).param_groups
+    assert [p.ndim for p in decayed["params"]] == [2]
+    assert len(free["params"]) == 3
+    assert (decayed["weight_decay"], free["weight_decay"], decayed["betas"]) == (0.1, 0.0, (0.9, 0.98))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world):
+    lengths, rows = np.random.default_rng(0).integers(20, 200, 50), np.arange(5)
+    shares = [share_of_rank(rows, lengths, Machine(torch.device("cpu"), None, r, world), 300) for r in range(world)]
+    taken = [row for parts, weight in shares for part in parts for row in part if weight]
+    assert sorted(taken) == rows.tolist()
+    assert {weight for _, weight in shares} <= {0.0, world / 5}
+    assert all(len(parts) >= 1 for parts, _ in shares)
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+SAMPLE = __file__.replace("test_train.py", "sample")
+
+
+def small(encoder_folder, out, *more):
+    """A short training on the sample, in fp32 and without dropout; 30 sentences a batch do not divide evenly."""
+    settings = f"--data {SAMPLE} --model {encoder_folder} --out {out} --amp off --limit 400 --split stratified"
+    return ["train.py", *settings.split(), *"--batch-size 30 --epochs 2 --lr 1e-3 --head bilstm".split(), *more]
+
+
+def result(folder):
+    with open(folder / "valid.csv", encoding="utf-8", newline="") as file:
+        probs = np.array([json.loads(row["probs"]) for row in csv.DictReader(file)])
+    return json.loads((folder / "summary.json").read_text())["best"], probs
+
+
+@pytest.fixture
+def one_process(run, encoder_folder, tmp_path):
+    run(*small(encoder_folder, "one"))
+    return result(tmp_path / "one")
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_more_processes_and_smaller_parts_train_the_same_model(run, encoder_folder, tmp_path, one_process, processes):
+    run(*small(encoder_folder, "more", "--max-tokens", "300"), processes=processes)
+    scores, probs = result(tmp_path / "more")
+    np.testing.assert_allclose(probs, one_process[1], atol=2e-4)
+    assert scores["step"] == one_process[0]["step"]
+    assert scores["micro_f1"] == pytest.approx(one_process[0]["micro_f1"], abs=1e-6)
+    assert scores["auprc"] == pytest.approx(one_process[0]["auprc"], abs=0.05)
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(run, encoder_folder, tmp_path):
+    """Dropout on: also the masks are the same. The run is killed by an evaluation file that is in the way."""
+    config = json.loads((encoder_folder / "config.json").read_text()) | {"hidden_dropout_prob": 0.1}
+    shutil.copytree(encoder_folder, tmp_path / "encoder")
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps(config))
+    command = [*small("encoder", "a", "--save-every", "4"), "--eval-every", "6"]
+    run(*command)
+    whole = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    steps = whole["progress"]["step"]
+    assert steps == 22
+    (tmp_path / "b" / "last.pt").rename(tmp_path / "b" / "previous.pt.new")
+    before = torch.load(tmp_path / "b" / "previous.pt", weights_only=True)["progress"]["step"]
+    assert 0 < before < steps
+    done = run(*[part if part != "a" else "b" for part in command])
+    assert f"going on after step {before}" in done.stdout
+    resumed = torch.load(tmp_path / "b" / "last.pt", weights_only=True)
+    assert resumed["progress"]["step"] == steps
+    assert all(torch.equal(resumed["weights"][k], whole["weights"][k]) for k in whole["weights"])
+    assert (tmp_path / "a" / "valid.csv").read_bytes() == (tmp_path / "b" / "valid.csv").read_bytes()
+
+    refused = run(*command, "--lr", "5", code=2)
+    assert "lr = 0.001, now 5.0" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    finished = run(*command)
+    assert f"going on after step {steps}" in finished.stdout
+
+
+def test_another_data_set_with_its_own_labels(run, encoder_folder, tmp_path, rows):
+    def fields(r):
+        names = {"no_relation": "none", "per:title": "직함"}
+        s, o = ({"word": e.word, "start_idx": e.start, "end_idx": e.end} for e in (r.subject, r.object))
+        return {"guid": r.id, "sentence": r.sentence, "subject_entity": s, "object_entity": o, "label": names[r.label]}
+
+    chosen = [fields(r) for r in rows if r.label in ("no_relation", "per:title")]
+    (tmp_path / "own").mkdir()
+    for name in ("train", "test_data"):
+        (tmp_path / "own" / f"{name}.jsonl").write_text("\n".join(json.dumps(r) for r in chosen), encoding="utf-8")
+    base = f"train.py --data own --model {encoder_folder} --out a --epochs 1 --negative-label none --split stratified"
+    refused = run(*base.split(), code=2)
+    assert "object_entity: has no type" in refused.stderr or "subject_entity: has no type" in refused.stderr
+    (tmp_path / "alpha.json").write_text('{"none": 0.5}')
+    run(*base.split(), "--marker", "entity_marker", "--focal-gamma", "2", "--focal-alpha", "alpha.json")
+    done = run("infer.py", "a/ckpt.pt")
+    assert "micro F1" in done.stdout
+    run("ensemble.py", "out/a.csv", "--soft")
+    with open(tmp_path / "submission.csv", encoding="utf-8", newline="") as file:
+        assert {row["pred_label"] for row in csv.DictReader(file)} <= {"none", "직함"}
+
+
+def test_what_is_wrong_with_the_data_is_one_line(run, tmp_path):
+    done = run("train.py", code=2)
+    assert done.stderr.strip().startswith("train.py: data: no train.csv")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("id,sentence,subject_entity,object_entity,label\n0,a,b,c,d\n")
+    done = run("train.py", code=2)
+    assert done.stderr.strip() == "train.py: data/train.csv:2: subject_entity: found 'b', expected a dict literal"

@@ -1,0 +1,457 @@
+"""Trains a relation classifier: encoder and head, in a loop written out below.
+
+    python train.py --demo                                       # a tiny encoder on tests/sample, no network, no GPU
+    python train.py --head bilstm                                # KLUE-RE in data/ with klue/roberta-large, one GPU
+    torchrun --nproc_per_node=4 train.py --head bilstm           # the same on four; a batch is still 64 sentences
+    python train.py --model DIR --lr 1.5e-4 --batch-size 32 --limit 8000
+    python train.py -h                                           # all settings
+
+A run leaves runs/<name>/: ckpt.pt (the best evaluation's model, all that infer.py needs), valid.csv (its predictions
+on the validation rows), summary.json, what TensorBoard shows, and last.pt, from which the same command goes on.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import data
+from data import MARKERS, PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic_write
+from metrics import describe, score
+from model import (
+    FORMAT,
+    Machine,
+    RelationModel,
+    collate,
+    load_checkpoint,
+    load_encoder,
+    load_tokenizer,
+    predict,
+    relation_loss,
+    running,
+    save_checkpoint,
+    within_tokens,
+)
+
+LOG_EVERY = 10  # steps between two readings of the loss
+
+
+def setting(default, help: str, *allowed):
+    """A field of Settings; allowed: the choices of a text, the limits of a number."""
+    return field(default=default, metadata={"help": help, "allowed": allowed})
+
+
+@dataclass
+class Settings:
+    """All settings of a run; the command line is made of it, --no-NAME turns a switch off."""
+
+    # data
+    data: str = setting("data", "folder with train.csv and test_data.csv (or .json, .jsonl), or the training file")
+    valid: str = setting("", "file to validate on, instead of a split of the training rows")
+    split: str = setting("test-like", "9:1 with labels as in the test set, or 8:2", "test-like", "stratified")
+    no_relation_share: float = setting(0.6, "share of the negative label in a test-like validation set", 0, 1)
+    clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
+    skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
+    negative_label: str = setting("no_relation", "the label that means none of the others")
+    limit: int = setting(0, "use this many rows of the training file, drawn by the seed; 0: all", 0, math.inf)
+    # input
+    marker: str = setting("typed_entity_marker_punct", "how the entities are marked", *MARKERS)
+    prompt: str = setting("s_and_o", "what is said beside the sentence", *PROMPTS)
+    type_names: str = setting("en", "language of the entity types in typed markers", *TYPE_NAMES)
+    max_length: int = setting(256, "tokens an input may have; longer ones lose context, no entity", 64, math.inf)
+    # model
+    model: str = setting("klue/roberta-large", "encoder: a folder, or a name on the Hugging Face hub")
+    head: str = setting("cls", "what reads the relation off the encoder's states", "cls", "entity", "bilstm", "bigru")
+    norm: str = setting("layer", "normalisation before the classifier", "layer", "batch", "none")
+    gelu: bool = setting(False, "a GELU before the classifier")
+    dropout: float = setting(0.0, "dropout before the classifier (the encoder has its own)", 0, 1)
+    # optimisation
+    batch_size: int = setting(64, "sentences an optimiser step, over all processes together", 1, math.inf)
+    epochs: int = setting(5, "times that every training row is seen", 1, math.inf)
+    lr: float = setting(2e-5, "highest learning rate", 0, math.inf)
+    warmup_ratio: float = setting(0.06, "share of the steps in which the learning rate rises, to fall to 0 then", 0, 1)
+    beta2: float = setting(0.98, "AdamW's second beta", 0, 1)
+    weight_decay: float = setting(0.01, "AdamW's weight decay (none on biases and norms)", 0, math.inf)
+    clip_norm: float = setting(1.0, "gradients are scaled down to this norm", 0, math.inf)
+    label_smoothing: float = setting(0.0, "share of the target spread over all labels", 0, 1)
+    focal_gamma: float = setting(0.0, "gamma of the focal loss; 0: cross entropy", 0, math.inf)
+    focal_alpha: str = setting("", "JSON file {label: alpha} of the focal loss; labels not in it have 1")
+    seed: int = setting(42, "of the split, the order of batches, new weights and dropout", 0, 2**32 - 1)
+    # the run
+    amp: str = setting("auto", "precision; auto: half where the device is good at it", "auto", "off", "bf16", "fp16")
+    max_tokens: int = setting(16384, "tokens at a time on a device; a larger batch is done in parts", 1, math.inf)
+    eval_every: int = setting(0, "steps between evaluations; 0: at the end of each epoch", 0, math.inf)
+    best_metric: str = setting("micro_f1", "which score decides what ckpt.pt holds", "micro_f1", "auprc")
+    patience: int = setting(0, "stop after this many evaluations without a better score; 0: never", 0, math.inf)
+    save_every: int = setting(0, "steps between saves of last.pt, to go on from; 0: at each evaluation", 0, math.inf)
+    out: str = setting("", "run folder; default: runs/<name made of the settings>")
+    resume: bool = setting(False, "insist on going on from last.pt, which happens by itself where there is one")
+    fresh: bool = setting(False, "start over even if the run folder has a last.pt")
+    demo: bool = setting(False, "a tiny encoder, trained from nothing on tests/sample in under two minutes")
+
+    def check(self):
+        """Raises InputError for settings that cannot be, before anything is loaded."""
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata["allowed"]
+            if f.type in (int, float) and not allowed[0] <= value <= allowed[1]:
+                raise InputError(f"{flag(f.name)}: found {value}, expected {allowed[0]} to {allowed[1]}")
+        if self.label_smoothing and (self.focal_gamma or self.focal_alpha):
+            raise InputError("--label-smoothing goes with cross entropy, not with --focal-gamma or --focal-alpha")
+        if self.resume and self.fresh:
+            raise InputError("--resume and --fresh contradict each other")
+
+    def name(self) -> str:
+        """The run's name: encoder and head, and every setting that is not at its default."""
+        parts = [Path(self.model).name, self.head]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("model", "head", *NOT_OPTIMISATION) and value != f.default:
+                value = Path(value).name if f.name in ("data", "valid", "focal_alpha") else value
+                parts.append(f.name if value is True else f"no_{f.name}" if value is False else f"{f.name}={value}")
+        return "-".join(parts)
+
+    def folder(self) -> Path:
+        return Path(self.out) if self.out else Path("runs") / self.name()
+
+
+# settings that a run may change when it goes on: they do not say what is optimised
+NOT_OPTIMISATION = ("amp", "max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo")
+DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
+        "head": "entity", "batch_size": 32, "epochs": 12, "lr": 1e-3}  # fmt: skip
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def parse_settings(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line (sys.argv by default)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    for f in fields(Settings):
+        how = {"type": f.type, "choices": f.metadata["allowed"] or None} if f.type is str else {"type": f.type}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **how)
+    if parser.parse_args(arguments).demo:
+        parser.set_defaults(**DEMO)
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    if settings.demo:
+        settings.model = str(settings.folder() / "encoder")
+    settings.check()
+    return settings
+
+
+# --- data and model ----------------------------------------------------------------------------------------------
+
+
+def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str]]:
+    """(training rows, validation rows, labels), as the settings say; `say` prints what was done."""
+    skipped = [] if settings.skip_bad_rows else None
+    path = data.data_file(settings.data, "train")
+    rows = data.read_rows(path, skipped)
+    labels = data.find_labels(rows, settings.negative_label)
+    rows = data.with_known_labels(rows, labels, skipped)
+    say(f"{path}: {len(rows)} rows, {len(labels)} labels")
+    if skipped:
+        say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
+    if settings.clean:
+        rows, removed = data.clean(rows, labels[0])
+        say(f"cleaning removed {len(removed)} repeated or contradicting rows")
+    if settings.limit:
+        chosen = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.limit]
+        rows = [rows[i] for i in sorted(chosen)]
+    if settings.valid:
+        return rows, data.with_known_labels(data.read_rows(settings.valid, skipped), labels, skipped), labels
+    test_like = settings.split == "test-like"
+    share, negative_share = (0.1, settings.no_relation_share) if test_like else (0.2, None)
+    return *data.split(rows, labels, share, negative_share, settings.seed), labels
+
+
+def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> torch.Tensor | None:
+    """The alpha of each label, or None."""
+    if not settings.focal_alpha:
+        return None
+    try:
+        given = json.loads(data.read_text(settings.focal_alpha))
+        unknown = [label for label in given if label not in labels]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is none of the labels")
+        return torch.tensor([float(given.get(label, 1)) for label in labels], device=device)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{settings.focal_alpha}: expected a JSON object {{label: alpha}}: {error}") from error
+
+
+def make_tiny_encoder(folder: str, texts: list[str], seed: int):
+    """Writes an encoder to `folder` that knows nothing yet: a BERT of two layers of 128, and a WordPiece tokenizer
+    learned from the texts."""
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=list(special.values()), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    ends = [("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    config = transformers.BertConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=512, **shape)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+
+
+def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """Fused AdamW that decays matrices only: vectors are biases and the scales of norms."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+
+
+def learning_rate(settings: Settings, step: int, steps: int) -> float:
+    """The rate of step `step` of `steps`: linear from 0 up to --lr, then linear down to 0."""
+    warmup = math.ceil(settings.warmup_ratio * steps)
+    return settings.lr * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
+
+
+def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """All rows once, in batches of similar length in random order: a pure function of (seed, epoch)."""
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    pool = 50 * batch_size  # sorting within pools keeps batches random, and few lengths meet in one
+    pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+    order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+def share_of_rank(rows: np.ndarray, lengths: np.ndarray, machine: Machine, max_tokens: int):
+    """The parts in which this process works through its share of a batch, and the weight of their loss."""
+    by_length = np.array(sorted(rows, key=lambda i: (-lengths[i], i)))
+    mine = by_length[machine.rank :: machine.world]
+    if len(mine):
+        # DistributedDataParallel takes the mean over the processes; the loss is the mean over the whole batch
+        return within_tokens(mine, lengths, max_tokens), machine.world / len(rows)
+    return [by_length[:1]], 0.0  # fewer sentences than processes: take part in the exchange, add nothing
+
+
+def train_step(model, examples, lengths, rows, step, settings, machine, scaler, alpha) -> torch.Tensor:
+    """Gradients of one batch, accumulated part by part; returns this process's share of the mean loss."""
+    torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, machine.rank]).generate_state(1)[0]))
+    parts, weight = share_of_rank(rows, lengths, machine, settings.max_tokens)
+    total = torch.zeros((), device=machine.device)
+    for part in parts:
+        batch = collate(examples, part).to(machine.device)
+        if machine.world > 1:
+            model.require_backward_grad_sync = part is parts[-1]
+        with machine.autocast():
+            logits = model(batch)
+        losses = relation_loss(logits, batch.labels, settings.label_smoothing, settings.focal_gamma, alpha)
+        loss = losses.sum() * weight
+        scaler.scale(loss).backward()
+        total += loss.detach() / machine.world
+    return total
+
+
+@dataclass
+class Progress:
+    """What a run knows of its past."""
+
+    step: int = 0  # optimiser steps done
+    sentences: int = 0  # trained on, all epochs together
+    seconds: float = 0.0  # spent in those steps
+    best: dict | None = None  # scores of the model in ckpt.pt
+    without_gain: int = 0  # evaluations since
+
+
+def save_progress(folder: Path, settings: Settings, progress: Progress, parts: dict):
+    """Writes last.pt; the one before becomes previous.pt. `parts`: what has a state_dict."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    content = {"format": FORMAT, "settings": asdict(settings), "progress": asdict(progress), **states}
+    if (folder / "last.pt").exists():
+        os.replace(folder / "last.pt", folder / "previous.pt")
+    with atomic_write(folder / "last.pt", "wb") as file:
+        torch.save(content, file)
+
+
+def load_progress(folder: Path, settings: Settings, parts: dict, say) -> Progress:
+    """Where to go on: what last.pt says, once it is sure that the settings are the same; else the beginning."""
+    path = next((folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()), None)
+    if settings.resume and path is None:
+        raise InputError(f"{folder}: no last.pt to go on from, as --resume wants")
+    if path is None or settings.fresh:
+        return Progress()
+    content = load_checkpoint(path)
+    for name, value in asdict(settings).items():
+        before = content["settings"].get(name)
+        if before != value and name not in NOT_OPTIMISATION:
+            raise InputError(f"{path}: made with {name} = {before!r}, now {value!r}; use --fresh, or another --out")
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    say(f"{path}: going on after step {content['progress']['step']}")
+    return Progress(**content["progress"])
+
+
+def train(settings: Settings, machine: Machine):
+    """The whole run, on each process."""
+    is_first = machine.rank == 0
+
+    def say(text: str):
+        if is_first:
+            tqdm.write(text)
+
+    folder = settings.folder()
+    train_rows, valid_rows, labels = choose_rows(settings, say)
+    template = Template(settings.marker, settings.prompt, settings.type_names)
+    if settings.demo and is_first:
+        make_tiny_encoder(settings.model, [" ".join(template.render(row)[:3]) for row in train_rows], settings.seed)
+    machine.wait_for_all()
+
+    # rows to token ids
+    tokenizer = load_tokenizer(settings.model)
+    types = {entity.type for row in train_rows for entity in (row.subject, row.object) if entity.type}
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
+    examples, n_cut = data.encode(train_rows, template, tokenizer, labels, settings.max_length)
+    valid_examples, n_valid_cut = data.encode(valid_rows, template, tokenizer, labels, settings.max_length)
+    lengths = np.array([len(e.ids) for e in examples])
+    gold = np.array([e.label for e in valid_examples])
+    say(
+        f"{len(examples)} rows to train on, {len(gold)} to validate on; mean {lengths.mean():.0f} tokens; "
+        f"{n_cut + n_valid_cut} cut to {settings.max_length}"
+    )
+
+    # model and optimiser
+    torch.manual_seed(settings.seed)
+    encoder = load_encoder(settings.model, len(tokenizer))
+    model = RelationModel(encoder, len(labels), settings.head, settings.norm, settings.gelu, settings.dropout)
+    if settings.max_length > model.longest:
+        raise InputError(f"--max-length {settings.max_length}: {settings.model} takes at most {model.longest} tokens")
+    model.to(machine.device)
+    optimizer = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
+    parts = {"weights": model, "optimizer": optimizer, "scaler": scaler}
+    progress = load_progress(folder, settings, parts, say)
+    trained = DistributedDataParallel(model) if machine.world > 1 else model
+    alpha = focal_alpha(settings, labels, machine.device)
+
+    def evaluate():
+        """Scores the model on the validation rows; the best so far is saved, with its predictions."""
+        probs = predict(model, valid_examples, machine, settings.max_tokens)
+        scores = score(probs, gold)
+        say(f"step {progress.step}: {describe(scores, labels)}")
+        progress.without_gain += 1
+        if progress.best is None or scores[settings.best_metric] > progress.best[settings.best_metric]:
+            progress.best, progress.without_gain = scores | {"step": progress.step}, 0
+            if is_first:
+                more = {"settings": asdict(settings), "run": folder.name, "scores": progress.best}
+                more["data"] = str(data.data_file(settings.data, "train").parent.resolve())
+                save_checkpoint(folder / "ckpt.pt", model, tokenizer, labels, **more)
+                predicted = [labels[c] for c in probs.argmax(1)]
+                ids, gold_labels = [row.id for row in valid_rows], [row.label for row in valid_rows]
+                data.write_predictions(folder / "valid.csv", ids, predicted, probs, gold_labels)
+        return scores
+
+    # the loop
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    steps = settings.epochs * per_epoch
+    batches = []
+    writer = SummaryWriter(folder, purge_step=progress.step) if is_first else None
+    interval = 0.5 if sys.stderr.isatty() else 60  # a log file needs few lines
+    bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=interval, disable=not is_first)
+    loss_sum = torch.zeros((), device=machine.device)
+    window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
+    while progress.step < steps and not (settings.patience and progress.without_gain >= settings.patience):
+        epoch, place = divmod(progress.step, per_epoch)
+        if place == 0 or not batches:
+            batches = training_batches(lengths, settings.batch_size, settings.seed, epoch)
+        rate = learning_rate(settings, progress.step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        trained.train()
+        step = (examples, lengths, batches[place], progress.step)
+        loss_sum += train_step(trained, *step, settings, machine, scaler, alpha)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        progress.step += 1
+        window_steps += 1
+        window_sentences += len(batches[place])
+        bar.update()
+
+        every = settings.eval_every or per_epoch
+        evaluating = progress.step % every == 0 or progress.step == steps
+        saving = evaluating or (settings.save_every and progress.step % settings.save_every == 0)
+        if window_steps == LOG_EVERY or saving:  # reading the loss waits for the device, so not at every step
+            loss = float(machine.sum(loss_sum)) / window_steps
+            seconds = time.perf_counter() - window_start
+            progress.seconds += seconds
+            progress.sentences += window_sentences
+            speed = window_sentences / seconds
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {speed:.1f} sentences/s")
+            if is_first:
+                for name, value in (("loss", loss), ("learning_rate", rate), ("sentences_per_second", speed)):
+                    writer.add_scalar(f"train/{name}", value, progress.step)
+            loss_sum.zero_()
+            if evaluating:
+                scores = evaluate()
+                if is_first:
+                    for name in ("micro_f1", "auprc", "accuracy"):
+                        writer.add_scalar(f"valid/{name}", scores[name], progress.step)
+            if saving and is_first:
+                save_progress(folder, settings, progress, parts)
+            window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
+    bar.close()
+    if is_first:
+        finish(folder, settings, progress, labels, writer)
+
+
+def finish(folder: Path, settings: Settings, progress: Progress, labels: list[str], writer: SummaryWriter):
+    """Writes summary.json and the settings for TensorBoard's HPARAMS, and says what there is and how to go on."""
+    scores = {f"best/{name}": progress.best[name] for name in ("micro_f1", "auprc", "accuracy")}
+    writer.add_hparams(asdict(settings), scores, run_name=".")
+    writer.close()
+    summary = {"run": folder.name, **asdict(progress), "settings": asdict(settings)}
+    with atomic_write(folder / "summary.json") as file:
+        json.dump(summary, file, ensure_ascii=False, indent=1)
+    print(
+        f"\n{describe(progress.best, labels)}\n"
+        f"at step {progress.best['step']} of {progress.step}, on the validation rows ({folder / 'valid.csv'})\n"
+        f"trained on {progress.sentences} sentences in {progress.seconds:.0f} s, "
+        f"{progress.sentences / progress.seconds:.1f} a second\n"
+        f"to go on:\n  python infer.py {folder / 'ckpt.pt'}\n  python ensemble.py out/*.csv"
+    )
+
+
+@data.exit_on_bad_input
+def main():
+    settings = parse_settings()
+    transformers.logging.set_verbosity_error()  # else it warns of the heads in the files that we leave unread
+    transformers.logging.disable_progress_bar()
+    with running(settings.amp) as machine:
+        train(settings, machine)
+
+
+if __name__ == "__main__":
+    main()
