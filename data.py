@@ -1,12 +1,11 @@
-"""From a row of KLUE-RE to token ids: reading and checking files, cleaning, splitting, templates, tokens.
+"""From a file of KLUE-RE to the text that an encoder reads: reading and checking, cleaning, splitting, templates.
 
 A row says which relation holds between a subject and an object in a sentence. Its way through this module:
 
     rows = read_rows("data/train.csv")                    # checked: a wrong row is named, never guessed
     rows, removed = clean(rows)                           # repeated and contradicting rows
     train, valid = split(rows, KLUE_LABELS, 0.1, 0.6, seed=42)
-    template = Template("typed_entity_marker_punct", "s_and_o")
-    examples, n_cut = encode(train, template, tokenizer, KLUE_LABELS, max_length=256)
+    Template("typed_entity_marker_punct", "s_and_o").render(train[0])
 
 Formats: the CSV of the Boostcamp competition, KLUE's JSON, JSON lines; UTF-8 with or without BOM.
 """
@@ -46,14 +45,19 @@ class InputError(Exception):
 
 
 def exit_on_bad_input(main):
-    """Makes an InputError of a program one line on stderr and exit code 2, printed once however many ranks run."""
+    """Makes bad input or a failing disk one line on stderr and exit code 2, said once however many ranks run."""
 
     @functools.wraps(main)
     def program():
         try:
             main()
-        except InputError as error:
-            if int(os.environ.get("RANK", "0")) == 0:
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (InputError, OSError) as error:
+            if isinstance(error, BrokenPipeError):  # nobody reads what is printed, the interpreter's last flush neither
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if os.environ.get("RANK", "0") == "0":
                 print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)
 
@@ -61,10 +65,11 @@ def exit_on_bad_input(main):
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w"):
-    """Opens a file beside `path` that takes its place when the block ends well; what was at `path` stays till then."""
+def atomic_write(path: str | Path, mode: str = "w", keep: Path | None = None):
+    """Opens a file beside `path` that takes its place when the block ends well; what was at `path` stays till then,
+    and goes to `keep` if given."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill leaves is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -72,6 +77,8 @@ def atomic_write(path: str | Path, mode: str = "w"):
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -169,21 +176,17 @@ def _records(path: Path):
     if path.suffix not in (".json", ".jsonl"):
         yield from read_csv(path, ("id", "sentence", "subject_entity", "object_entity"))
         return
-    text, line = read_text(path), 1
-    try:
-        if path.suffix == ".json":
-            records = list(enumerate(json.loads(text), 1))
-        else:
-            records = []
-            for line, piece in enumerate(text.split("\n"), 1):
-                if piece.strip():
-                    records.append((line, json.loads(piece)))
-    except (ValueError, TypeError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise InputError(f"{path}:{line}: expected {path.suffix[1:].upper()} rows: {error}") from error
-    for line, record in records:
-        _expect(isinstance(record, dict), f"{path}:{line}", "row", record, "an object")
-        yield line, {"id": record.get("guid"), **record}
+    text, is_list, records = read_text(path), path.suffix == ".json", []
+    for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
+        try:
+            content = json.loads(piece) if piece.strip() else []
+            records += enumerate(content, 1) if is_list else [(number, content)] if piece.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:
+            line = number - 1 + getattr(error, "lineno", 1)
+            raise InputError(f"{path}:{line}: expected {path.suffix[1:].upper()} rows: {error}") from error
+    for number, record in records:
+        _expect(isinstance(record, dict), f"{path}:{number}", "row", record, "an object")
+        yield number, {"id": record.get("guid"), **record}
 
 
 def _check(record: dict, where: str) -> Row:
@@ -258,19 +261,14 @@ def with_known_labels(rows: list[Row], labels: list[str], skipped: list[str] | N
 def clean(rows: list[Row], negative: str = "no_relation") -> tuple[list[Row], list[Row]]:
     """Rows without repeats, and those removed. Of equal rows the first stays; of rows alike but for the label the
     one with a relation, between two relations the later (what the report's authors decided by hand)."""
-    kept, removed = {}, []
+    distinct, kept = {}, {}
     for row in rows:
-        key = (row.sentence, row.subject, row.object)
-        old = kept.get(key)
-        if old is None:
-            kept[key] = row
-        elif row.label in (old.label, negative):
-            removed.append(row)
-        else:
-            removed.append(old)
-            kept[key] = row
-    gone = {row.id for row in removed}
-    return [row for row in rows if row.id not in gone], removed
+        distinct.setdefault((row.sentence, row.subject, row.object, row.label), row)
+    for (*key, label), row in distinct.items():
+        if label != negative or tuple(key) not in kept:
+            kept[tuple(key)] = row
+    ids = {row.id for row in kept.values()}
+    return [row for row in rows if row.id in ids], [row for row in rows if row.id not in ids]
 
 
 def split(rows: list[Row], labels: list[str], share: float, negative_share: float | None, seed: int):
@@ -280,29 +278,23 @@ def split(rows: list[Row], labels: list[str], share: float, negative_share: floa
     and the others in proportion: KLUE-RE's test set has about 60 % no_relation against 29 % in train.
     """
     counts = Counter(row.label for row in rows)
-    wanted = {label: share * counts[label] for label in labels}
-    if negative_share is not None:
-        relations = len(rows) - counts[labels[0]]
-        ratio = share * len(rows) * (1 - negative_share) / max(relations, 1)
-        wanted = {label: ratio * counts[label] for label in labels}
-        wanted[labels[0]] = share * len(rows) * negative_share
-        if ratio > 0.5 or wanted[labels[0]] > 0.5 * counts[labels[0]]:
-            raise InputError(
-                f"--no-relation-share {negative_share} would put over half of some label into validation: "
-                f"{counts[labels[0]]} of {len(rows)} rows are {labels[0]}; use --split stratified"
-            )
-    room = {label: round(n) for label, n in wanted.items()}
+    negatives = counts[labels[0]]
+    negative_share = negatives / len(rows) if negative_share is None else negative_share
+    of_negatives = share * negative_share * len(rows) / max(negatives, 1)
+    of_relations = share * (1 - negative_share) * len(rows) / max(len(rows) - negatives, 1)
+    if max(of_negatives, of_relations) > 0.5:
+        text = f"takes over half of the {negatives} {labels[0]} or the {len(rows) - negatives} other rows"
+        raise InputError(f"--no-relation-share {negative_share} {text}; use --split stratified")
+    room = {label: round(n * (of_negatives if label == labels[0] else of_relations)) for label, n in counts.items()}
     groups = {}
     for row in rows:
         groups.setdefault(row.sentence, []).append(row)
-    sentences = list(groups)
-    valid = set()
+    sentences, valid = list(groups), set()
     for i in np.random.default_rng(seed).permutation(len(sentences)):
         need = Counter(row.label for row in groups[sentences[i]])
         if all(room[label] >= n for label, n in need.items()):
             valid.add(sentences[i])
-            for label, n in need.items():
-                room[label] -= n
+            room = {label: n - need[label] for label, n in room.items()}
     if not valid or len(valid) == len(sentences):
         raise InputError(f"{len(rows)} rows are too few to split; name a validation file with --valid")
     return [r for r in rows if r.sentence not in valid], [r for r in rows if r.sentence in valid]
@@ -412,90 +404,6 @@ PROMPTS = {
     "quiz": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", ""),
     "problem": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", " {s과} {o은} 어떤 관계입니까?"),
 }
-
-
-# --- tokens ------------------------------------------------------------------------------------------------------
-
-
-class Example(NamedTuple):
-    """A row for the encoder: token ids (L,), their segment 0 or 1 (L,), the tokens at which the marks of subject and
-    object open, and the label's number (-1 where there is none)."""
-
-    ids: np.ndarray
-    types: np.ndarray
-    marks: tuple[int, int]
-    label: int
-
-
-def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):
-    """(examples, number of sentences cut) for a fast Hugging Face tokenizer.
-
-    An input over `max_length` tokens loses context, never an entity or a mark: kept are the marks, then the words of
-    the entities, then the tokens nearest to either. A prompt takes at most a quarter of it on each side.
-    """
-    rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
-    number = {label: i for i, label in enumerate(labels)}
-    start, middle, end, types = _special_tokens(tokenizer, pair=bool(PROMPTS[template.prompt][0]))
-    before, after = (
-        [_cut_middle(ids, max_length // 4) for ids in _tokens(tokenizer, texts)["input_ids"]]
-        for texts in ([r.before for r in rendered], [r.after for r in rendered])
-    )
-    texts = _tokens(tokenizer, [r.text for r in rendered], return_offsets_mapping=True)
-    examples, n_cut = [], 0
-    for i, r in enumerate(rendered):
-        ids, offsets = texts["input_ids"][i], np.array(texts["offset_mapping"][i], dtype=np.int64).reshape(-1, 2)
-        marks = [max(int(np.searchsorted(offsets[:, 0], span[0], side="right")) - 1, 0) for span in r.spans]
-        room = max_length - len(start) - len(before[i]) - len(middle) - len(after[i]) - len(end)
-        if len(ids) > room:
-            keep = _nearest_to_marks(offsets, r.spans, room, rows[i].where)
-            ids = [ids[k] for k in keep]
-            marks = [max(int(np.searchsorted(keep, mark, side="right")) - 1, 0) for mark in marks]
-            n_cut += 1
-        first = len(start) + len(before[i]) + len(middle)
-        ids = start + before[i] + middle + ids + after[i] + end
-        segments = np.full(len(ids), types[1], dtype=np.int64)
-        segments[:first] = types[0]
-        marks = (first + marks[0], first + marks[1])
-        examples.append(Example(np.array(ids, dtype=np.int64), segments, marks, number.get(rows[i].label, -1)))
-    return examples, n_cut
-
-
-def _tokens(tokenizer, texts: list[str], **extra):
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, **extra)
-
-
-def _special_tokens(tokenizer, pair: bool):
-    """The tokens that a tokenizer puts before, between and after its segments, and the segments' type ids."""
-    first, second = _tokens(tokenizer, ["가", "나"])["input_ids"]
-    if not pair:
-        ids = tokenizer("나")["input_ids"]
-        at = next(i for i in range(len(ids)) if ids[i : i + len(second)] == second)
-        return ids[:at], [], ids[at + len(second) :], (0, 0)
-    both = tokenizer("가", "나")
-    ids, kinds = both["input_ids"], both.get("token_type_ids")
-    one = next(i for i in range(len(ids)) if ids[i : i + len(first)] == first)
-    two = next(i for i in range(one + len(first), len(ids)) if ids[i : i + len(second)] == second)
-    types = (kinds[one], kinds[two]) if kinds else (0, 0)
-    return ids[:one], ids[one + len(first) : two], ids[two + len(second) :], types
-
-
-def _cut_middle(ids: list[int], room: int) -> list[int]:
-    return ids if len(ids) <= room else ids[: room - room // 2] + ids[len(ids) - room // 2 :]
-
-
-def _nearest_to_marks(offsets: np.ndarray, spans, room: int, where: str) -> np.ndarray:
-    """The `room` tokens to keep, ascending: marks first, then words by distance from their marks, then context."""
-    starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-    rank = np.full(len(offsets), 2)
-    distance = np.full(len(offsets), np.iinfo(np.int64).max)
-    for opening, word, word_end, closing in spans:
-        rank[(starts < word_end) & (ends > word) & (rank > 1)] = 1
-        rank[((starts < word) & (ends > opening)) | ((starts < closing) & (ends > word_end))] = 0
-        for edge in (word, word_end):
-            distance = np.minimum(distance, np.where(starts < edge, edge - ends, starts - edge).clip(0))
-    if (rank == 0).sum() > room:
-        raise InputError(f"{where}: the marks of both entities take more than {room} tokens; raise --max-length")
-    return np.sort(np.lexsort((distance, rank))[:room])
 
 
 # --- predictions -------------------------------------------------------------------------------------------------

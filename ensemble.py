@@ -36,7 +36,7 @@ def read_submission(path: str) -> Submission:
         id, found = cells["id"], cells["probs"] if len(cells["probs"]) <= 60 else cells["probs"][:57] + "..."
         try:
             p = [float(x) for x in json.loads(cells["probs"])]
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(f"{where}: probs: found {found!r}, expected a list of numbers") from error
         if probs and len(p) != len(probs[0]):
             raise InputError(f"{where}: probs: found {len(p)} classes, expected {len(probs[0])} as in the rows above")

@@ -5,14 +5,20 @@
     python infer.py CKPT --sentence "비틀즈는 조지 해리슨이 …" --subject "비틀즈:ORG" --object "조지 해리슨:PER"
     torchrun --nproc_per_node=4 infer.py CKPT                    # the same file, four GPUs
 
-Writes the competition's id,pred_label,probs, rows in the order of the input.
+Writes the competition's id,pred_label,probs, rows in the order of the input. train.py evaluates by `predict` too.
 """
 
 import argparse
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
@@ -21,14 +27,96 @@ from data import (
     Row,
     Template,
     data_file,
-    encode,
     exit_on_bad_input,
     read_rows,
     with_known_labels,
     write_predictions,
 )
 from metrics import describe, score
-from model import Machine, load_checkpoint, predict, restore, running
+from model import Example, RelationModel, collate, encode, load_checkpoint, restore, within_tokens
+
+# --- where it runs -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Machine:
+    """The device of this process and its place among those that torchrun started (rank 0 of 1 without torchrun)."""
+
+    device: torch.device
+    amp: torch.dtype | None  # what autocast computes in
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def distribute(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model, wrapped so that the backward pass exchanges gradients where there are several processes."""
+        return DistributedDataParallel(model) if self.world > 1 else model
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, holds: bool) -> bool:
+        """Whether something holds on any process. Costs no wait for a GPU: it is asked over the CPU."""
+        if self.world == 1:
+            return holds
+        flag = torch.tensor(int(holds))
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def wait_for_all(self):
+        self.any(False)
+
+
+@contextmanager
+def running(amp: str):
+    """Joins the processes of torchrun, if any, for the length of a block; `amp`: auto, off, bf16 or fp16."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if amp == "auto":
+        if cuda:
+            amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        else:
+            has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            amp = "bf16" if has_bf16 else "off"
+    machine = Machine(device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        yield machine
+        return
+    if not cuda:  # torchrun gives each process one thread
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield replace(machine, rank=dist.get_rank(), world=dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.inference_mode()
+def predict(model: RelationModel, examples: list[Example], machine: Machine, max_tokens=16384, progress=iter):
+    """Probabilities (rows, n_labels) as float64 for all examples on every rank, each computed on one of them.
+
+    `progress` wraps the batches, as tqdm does.
+    """
+    model.eval()
+    lengths = np.array([len(e.ids) for e in examples])
+    batches = within_tokens(np.arange(len(examples)), lengths, max_tokens)[machine.rank :: machine.world]
+    probs = torch.zeros(len(examples), model.classifier.out_features, dtype=torch.float64, device=machine.device)
+    for rows in progress(batches):
+        batch = collate(examples, rows).to(machine.device)
+        with machine.autocast():
+            logits = model(batch)
+        probs[torch.from_numpy(batch.rows).to(machine.device)] = logits.double().softmax(1)
+    return machine.sum(probs).cpu().numpy()
+
+
+# --- the program -------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,39 +1,121 @@
-"""The model: an encoder over flat batches, a head that reads the relation off its states, and their checkpoint.
+"""The model: tokens in flat batches, an encoder, a head that reads the relation off its states, their checkpoint.
 
 Sentences lie end to end, so no token is padding. Encoders built on transformers' attention interface (BERT, RoBERTa,
 XLM-R, ELECTRA, ModernBERT, ...) run on that as they are: `flat_attention`, registered there under the name "flat",
 lets each sentence attend to itself alone. The others (DeBERTa-v2) are padded inside `RelationModel`.
 
-    encoder = load_encoder("klue/roberta-large")
+    tokenizer, encoder = load_tokenizer("klue/roberta-large"), load_encoder("klue/roberta-large")
     model = RelationModel(encoder, n_labels=30, head="bilstm")
-    batch = collate(examples, rows)
-    logits = model(batch)                                                  # (B, 30)
+    examples, n_cut = encode(rows, Template(), tokenizer, KLUE_LABELS, max_length=256)
+    batch = collate(examples, range(64))
+    logits = model(batch)                                                  # (64, 30)
     loss = relation_loss(logits, batch.labels).sum()
 
     checkpoint = load_checkpoint("runs/demo/ckpt.pt")                      # tensors and plain values, no code is run
     model, tokenizer = restore(checkpoint)
-    probs = predict(model, examples, machine)                              # (rows, 30)
 """
 
 import json
-import os
 import pickle
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
 
-from data import Example, InputError, atomic_write
+from data import PROMPTS, InputError, Row, Template, atomic_write
+
+# --- tokens ------------------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """A row for the encoder: token ids (L,), their segment 0 or 1 (L,), the tokens at which the marks of subject and
+    object open, and the label's number (-1 where there is none)."""
+
+    ids: np.ndarray
+    types: np.ndarray
+    marks: tuple[int, int]
+    label: int
+
+
+def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):
+    """(examples, number of sentences cut) for a fast Hugging Face tokenizer.
+
+    An input over `max_length` tokens loses context, never an entity or a mark: kept are the marks, then the words of
+    the entities, then the tokens nearest to either. A prompt takes at most a quarter of it on each side.
+    """
+    rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
+    number = {label: i for i, label in enumerate(labels)}
+    start, middle, end, types = _special_tokens(tokenizer, pair=bool(PROMPTS[template.prompt][0]))
+    before, after = (
+        [_cut_middle(ids, max_length // 4) for ids in _tokens(tokenizer, texts)["input_ids"]]
+        for texts in ([r.before for r in rendered], [r.after for r in rendered])
+    )
+    texts = _tokens(tokenizer, [r.text for r in rendered], return_offsets_mapping=True)
+    examples, n_cut = [], 0
+    for i, r in enumerate(rendered):
+        ids, offsets = texts["input_ids"][i], np.array(texts["offset_mapping"][i], dtype=np.int64).reshape(-1, 2)
+        marks = [max(int(np.searchsorted(offsets[:, 0], span[0], side="right")) - 1, 0) for span in r.spans]
+        room = max_length - len(start) - len(before[i]) - len(middle) - len(after[i]) - len(end)
+        if len(ids) > room:
+            keep = _nearest_to_marks(offsets, r.spans, room, rows[i].where)
+            ids = [ids[k] for k in keep]
+            marks = [max(int(np.searchsorted(keep, mark, side="right")) - 1, 0) for mark in marks]
+            n_cut += 1
+        first = len(start) + len(before[i]) + len(middle)
+        ids = start + before[i] + middle + ids + after[i] + end
+        segments = np.full(len(ids), types[1], dtype=np.int64)
+        segments[:first] = types[0]
+        marks = (first + marks[0], first + marks[1])
+        examples.append(Example(np.array(ids, dtype=np.int64), segments, marks, number.get(rows[i].label, -1)))
+    return examples, n_cut
+
+
+def _tokens(tokenizer, texts: list[str], **extra):
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, **extra)
+
+
+def _special_tokens(tokenizer, pair: bool):
+    """The tokens that a tokenizer puts before, between and after its segments, and the segments' type ids."""
+    first, second = _tokens(tokenizer, ["가", "나"])["input_ids"]
+    if not pair:
+        ids = tokenizer("나")["input_ids"]
+        at = next(i for i in range(len(ids)) if ids[i : i + len(second)] == second)
+        return ids[:at], [], ids[at + len(second) :], (0, 0)
+    both = tokenizer("가", "나")
+    ids, kinds = both["input_ids"], both.get("token_type_ids")
+    one = next(i for i in range(len(ids)) if ids[i : i + len(first)] == first)
+    two = next(i for i in range(one + len(first), len(ids)) if ids[i : i + len(second)] == second)
+    types = (kinds[one], kinds[two]) if kinds else (0, 0)
+    return ids[:one], ids[one + len(first) : two], ids[two + len(second) :], types
+
+
+def _cut_middle(ids: list[int], room: int) -> list[int]:
+    return ids if len(ids) <= room else ids[: room - room // 2] + ids[len(ids) - room // 2 :]
+
+
+def _nearest_to_marks(offsets: np.ndarray, spans, room: int, where: str) -> np.ndarray:
+    """The `room` tokens to keep, ascending: marks first, then words by distance from their marks, then context."""
+    starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+    rank = np.full(len(offsets), 2)
+    distance = np.full(len(offsets), np.iinfo(np.int64).max)
+    for opening, word, word_end, closing in spans:
+        rank[(starts < word_end) & (ends > word) & (rank > 1)] = 1
+        rank[((starts < word) & (ends > opening)) | ((starts < closing) & (ends > word_end))] = 0
+        for edge in (word, word_end):
+            distance = np.minimum(distance, np.where(starts < edge, edge - ends, starts - edge).clip(0))
+    if (rank == 0).sum() > room:
+        raise InputError(f"{where}: the marks of both entities take more than {room} tokens; raise --max-length")
+    return np.sort(np.lexsort((distance, rank))[:room])
+
 
 # --- flat batches ------------------------------------------------------------------------------------------------
 
@@ -283,76 +365,6 @@ def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_al
     return loss if focal_alpha is None else focal_alpha[labels] * loss
 
 
-# --- where it runs -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Machine:
-    """The device of this process and its place among those that torchrun started (rank 0 of 1 without torchrun)."""
-
-    device: torch.device
-    amp: torch.dtype | None  # what autocast computes in
-    rank: int = 0
-    world: int = 1
-
-    def autocast(self):
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def wait_for_all(self):
-        if self.world > 1:
-            dist.barrier()
-
-
-@contextmanager
-def running(amp: str):
-    """Joins the processes of torchrun, if any, for the length of a block; `amp`: auto, off, bf16 or fp16."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if amp == "auto":
-        if cuda:
-            amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-        else:
-            has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            amp = "bf16" if has_bf16 else "off"
-    machine = Machine(device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp])
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        yield machine
-        return
-    if not cuda:  # torchrun gives each process one thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield replace(machine, rank=dist.get_rank(), world=dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
-
-
-@torch.inference_mode()
-def predict(model: RelationModel, examples: list[Example], machine: Machine, max_tokens=16384, progress=iter):
-    """Probabilities (rows, n_labels) as float64 for all examples on every rank, each computed on one of them.
-
-    `progress` wraps the batches, as tqdm does.
-    """
-    model.eval()
-    lengths = np.array([len(e.ids) for e in examples])
-    batches = within_tokens(np.arange(len(examples)), lengths, max_tokens)[machine.rank :: machine.world]
-    probs = torch.zeros(len(examples), model.classifier.out_features, dtype=torch.float64, device=machine.device)
-    for rows in progress(batches):
-        batch = collate(examples, rows).to(machine.device)
-        with machine.autocast():
-            logits = model(batch)
-        probs[torch.from_numpy(batch.rows).to(machine.device)] = logits.double().softmax(1)
-    return machine.sum(probs).cpu().numpy()
-
-
 # --- checkpoint --------------------------------------------------------------------------------------------------
 
 FORMAT = 1
@@ -378,10 +390,12 @@ def save_checkpoint(path: str | Path, model: RelationModel, tokenizer, labels: l
 def load_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint, on the CPU; only tensors and plain values are read (weights_only)."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        open(path, "rb").close()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise InputError(f"{path}: truncated, or not a checkpoint of train.py ({reason})") from error
     found = content.get("format") if isinstance(content, dict) else None

@@ -14,36 +14,37 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from torch.nn.parallel import DistributedDataParallel
+from tokenizers import AddedToken
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import data
 from data import MARKERS, PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic_write
+from infer import Machine, predict, running
 from metrics import describe, score
 from model import (
     FORMAT,
-    Machine,
     RelationModel,
     collate,
+    encode,
     load_checkpoint,
     load_encoder,
     load_tokenizer,
-    predict,
     relation_loss,
-    running,
     save_checkpoint,
     within_tokens,
 )
+from tests.sample.tiny_encoder import make_tiny_encoder
 
 LOG_EVERY = 10  # steps between two readings of the loss
 
@@ -117,8 +118,8 @@ class Settings:
         parts = [Path(self.model).name, self.head]
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("model", "head", *NOT_OPTIMISATION) and value != f.default:
-                value = Path(value).name if f.name in ("data", "valid", "focal_alpha") else value
+            if value != f.default and f.name not in ("model", "head", *NOT_OPTIMISATION):
+                value = Path(value).name if "/" in str(value) else value
                 parts.append(f.name if value is True else f"no_{f.name}" if value is False else f"{f.name}={value}")
         return "-".join(parts)
 
@@ -127,7 +128,7 @@ class Settings:
 
 
 # settings that a run may change when it goes on: they do not say what is optimised
-NOT_OPTIMISATION = ("amp", "max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo")
+NOT_OPTIMISATION = ("max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo")
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
         "head": "entity", "batch_size": 32, "epochs": 12, "lr": 1e-3}  # fmt: skip
 
@@ -197,26 +198,6 @@ def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> 
         raise InputError(f"{settings.focal_alpha}: expected a JSON object {{label: alpha}}: {error}") from error
 
 
-def make_tiny_encoder(folder: str, texts: list[str], seed: int):
-    """Writes an encoder to `folder` that knows nothing yet: a BERT of two layers of 128, and a WordPiece tokenizer
-    learned from the texts."""
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=list(special.values()), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    ends = [("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))]
-    tokenizer.post_processor = processors.BertProcessing(*ends)
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)
-    fast.save_pretrained(folder)
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
-    config = transformers.BertConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=512, **shape)
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-
-
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
     """Fused AdamW that decays matrices only: vectors are biases and the scales of norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -255,22 +236,47 @@ def share_of_rank(rows: np.ndarray, lengths: np.ndarray, machine: Machine, max_t
     return [by_length[:1]], 0.0  # fewer sentences than processes: take part in the exchange, add nothing
 
 
-def train_step(model, examples, lengths, rows, step, settings, machine, scaler, alpha) -> torch.Tensor:
-    """Gradients of one batch, accumulated part by part; returns this process's share of the mean loss."""
+def batch_gradients(model, examples, lengths, rows, step, settings, machine, scaler, alpha, max_tokens):
+    """Adds up the gradients of one batch, part by part, and returns this process's share of the mean loss, still on
+    the device; or None if memory ran out on any process."""
     torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, machine.rank]).generate_state(1)[0]))
-    parts, weight = share_of_rank(rows, lengths, machine, settings.max_tokens)
-    total = torch.zeros((), device=machine.device)
-    for part in parts:
-        batch = collate(examples, part).to(machine.device)
-        if machine.world > 1:
-            model.require_backward_grad_sync = part is parts[-1]
-        with machine.autocast():
-            logits = model(batch)
-        losses = relation_loss(logits, batch.labels, settings.label_smoothing, settings.focal_gamma, alpha)
-        loss = losses.sum() * weight
-        scaler.scale(loss).backward()
-        total += loss.detach() / machine.world
+    parts, weight = share_of_rank(rows, lengths, machine, max_tokens)
+    total, out_of_memory = torch.zeros((), device=machine.device), False
+    try:
+        for part in parts:
+            batch = collate(examples, part).to(machine.device)
+            exchange = machine.world > 1 and part is parts[-1]
+            model.require_backward_grad_sync = exchange  # DistributedDataParallel's switch, as in nanoGPT
+            with machine.autocast():
+                logits = model(batch)
+            losses = relation_loss(logits, batch.labels, settings.label_smoothing, settings.focal_gamma, alpha)
+            total += (losses.detach().sum() * weight / machine.world).nan_to_num(0, 0, 0)
+            loss = scaler.scale(losses.sum() * weight)
+            if not exchange:
+                loss.backward()
+    except torch.OutOfMemoryError:
+        out_of_memory = True
+    if machine.any(out_of_memory):
+        return None
+    if machine.world > 1:  # the backward pass that exchanges gradients begins when all have got as far as this
+        loss.backward()
     return total
+
+
+class StopSignal:
+    """Remembers a SIGTERM or SIGINT, so that the step in hand is finished and saved. A second one, unless it comes
+    within a second (torchrun passes on what the terminal has sent already), ends the program at once."""
+
+    def __init__(self):
+        self.number, self.when = 0, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.number and time.monotonic() - self.when > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.number, self.when = number, time.monotonic()
 
 
 @dataclass
@@ -280,36 +286,52 @@ class Progress:
     step: int = 0  # optimiser steps done
     sentences: int = 0  # trained on, all epochs together
     seconds: float = 0.0  # spent in those steps
+    skipped: int = 0  # steps whose gradient was not finite
     best: dict | None = None  # scores of the model in ckpt.pt
     without_gain: int = 0  # evaluations since
 
 
-def save_progress(folder: Path, settings: Settings, progress: Progress, parts: dict):
-    """Writes last.pt; the one before becomes previous.pt. `parts`: what has a state_dict."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    content = {"format": FORMAT, "settings": asdict(settings), "progress": asdict(progress), **states}
-    if (folder / "last.pt").exists():
-        os.replace(folder / "last.pt", folder / "previous.pt")
-    with atomic_write(folder / "last.pt", "wb") as file:
-        torch.save(content, file)
+def save_progress(folder: Path, settings: Settings, rows_hash: str, progress: Progress, parts: dict):
+    """Writes last.pt; the one before becomes previous.pt. `parts`: what has a state_dict, by name."""
+    content = {"format": FORMAT, "settings": asdict(settings), "rows": rows_hash, "progress": asdict(progress)}
+    with atomic_write(folder / "last.pt", "wb", keep=folder / "previous.pt") as file:
+        torch.save(content | {name: part.state_dict() for name, part in parts.items()}, file)
 
 
-def load_progress(folder: Path, settings: Settings, parts: dict, say) -> Progress:
-    """Where to go on: what last.pt says, once it is sure that the settings are the same; else the beginning."""
-    path = next((folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()), None)
-    if settings.resume and path is None:
+def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict, say) -> Progress:
+    """Where to go on: what last.pt says, or previous.pt if that is damaged, once it is sure that the settings and the
+    rows are the same; else the beginning."""
+    found = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
+    if settings.resume and not found:
         raise InputError(f"{folder}: no last.pt to go on from, as --resume wants")
-    if path is None or settings.fresh:
-        return Progress()
-    content = load_checkpoint(path)
-    for name, value in asdict(settings).items():
-        before = content["settings"].get(name)
-        if before != value and name not in NOT_OPTIMISATION:
-            raise InputError(f"{path}: made with {name} = {before!r}, now {value!r}; use --fresh, or another --out")
-    for name, part in parts.items():
-        part.load_state_dict(content[name])
-    say(f"{path}: going on after step {content['progress']['step']}")
-    return Progress(**content["progress"])
+    for path in found:
+        try:
+            content = load_checkpoint(path)
+        except InputError as error:
+            if path is found[-1]:
+                raise
+            say(str(error))
+            continue
+        for name, value in asdict(settings).items():
+            before = content["settings"].get(name)
+            if before != value and name not in ("data", "valid", *NOT_OPTIMISATION):
+                raise InputError(f"{path}: made with {name} = {before!r}, now {value!r}; use --fresh, or another --out")
+        if content["rows"] != rows_hash:
+            raise InputError(
+                f"{path}: made with other rows than those of {settings.data}; use --fresh, or another --out"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+        say(f"{path}: going on after step {content['progress']['step']}")
+        return Progress(**content["progress"])
+    return Progress()
+
+
+def remove_progress(folder: Path):
+    """What --fresh does away with. A restart by torchrun is no fresh start."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        for path in [folder / "last.pt", folder / "previous.pt", *folder.glob("events.out.tfevents*")]:
+            path.unlink(missing_ok=True)
 
 
 def train(settings: Settings, machine: Machine):
@@ -331,8 +353,8 @@ def train(settings: Settings, machine: Machine):
     tokenizer = load_tokenizer(settings.model)
     types = {entity.type for row in train_rows for entity in (row.subject, row.object) if entity.type}
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
-    examples, n_cut = data.encode(train_rows, template, tokenizer, labels, settings.max_length)
-    valid_examples, n_valid_cut = data.encode(valid_rows, template, tokenizer, labels, settings.max_length)
+    examples, n_cut = encode(train_rows, template, tokenizer, labels, settings.max_length)
+    valid_examples, n_valid_cut = encode(valid_rows, template, tokenizer, labels, settings.max_length)
     lengths = np.array([len(e.ids) for e in examples])
     gold = np.array([e.label for e in valid_examples])
     say(
@@ -350,8 +372,12 @@ def train(settings: Settings, machine: Machine):
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
     parts = {"weights": model, "optimizer": optimizer, "scaler": scaler}
-    progress = load_progress(folder, settings, parts, say)
-    trained = DistributedDataParallel(model) if machine.world > 1 else model
+    rows_hash = sha256(repr([row[:-1] for row in [*train_rows, *valid_rows]]).encode()).hexdigest()
+    if settings.fresh and is_first:
+        remove_progress(folder)
+    machine.wait_for_all()
+    progress = load_progress(folder, settings, rows_hash, parts, say)
+    trained = machine.distribute(model)
     alpha = focal_alpha(settings, labels, machine.device)
 
     def evaluate():
@@ -374,55 +400,78 @@ def train(settings: Settings, machine: Machine):
     # the loop
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     steps = settings.epochs * per_epoch
-    batches = []
+    batches, max_tokens, stop = [], settings.max_tokens, StopSignal()
     writer = SummaryWriter(folder, purge_step=progress.step) if is_first else None
     interval = 0.5 if sys.stderr.isatty() else 60  # a log file needs few lines
-    bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=interval, disable=not is_first)
-    loss_sum = torch.zeros((), device=machine.device)
+    # since the loss was last read: the sum of the losses and, of steps that were not finite, their number; in a row
+    loss_sum, bad, bad_in_a_row = torch.zeros(3, device=machine.device).unbind()
     window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
-    while progress.step < steps and not (settings.patience and progress.without_gain >= settings.patience):
-        epoch, place = divmod(progress.step, per_epoch)
-        if place == 0 or not batches:
-            batches = training_batches(lengths, settings.batch_size, settings.seed, epoch)
-        rate = learning_rate(settings, progress.step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        trained.train()
-        step = (examples, lengths, batches[place], progress.step)
-        loss_sum += train_step(trained, *step, settings, machine, scaler, alpha)
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        progress.step += 1
-        window_steps += 1
-        window_sentences += len(batches[place])
-        bar.update()
+    with tqdm(total=steps, initial=progress.step, unit="step", mininterval=interval, disable=not is_first) as bar:
+        while progress.step < steps and not (settings.patience and progress.without_gain >= settings.patience):
+            epoch, place = divmod(progress.step, per_epoch)
+            if place == 0 or not batches:
+                batches = training_batches(lengths, settings.batch_size, settings.seed, epoch)
+            rate = learning_rate(settings, progress.step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            trained.train()
+            step = (examples, lengths, batches[place], progress.step)
+            while (loss := batch_gradients(trained, *step, settings, machine, scaler, alpha, max_tokens)) is None:
+                if max_tokens < lengths[batches[place]].min():
+                    raise InputError("out of memory with one sentence at a time; try a smaller --max-length or --model")
+                max_tokens //= 2
+                say(f"out of memory at step {progress.step + 1}: from now on {max_tokens} tokens at a time")
+                model.zero_grad()
+                if machine.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                trained = None  # a DistributedDataParallel that was stopped half way cannot go on
+                trained = machine.distribute(model)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+            is_bad = 1 - norm.isfinite().float()
+            if not scaler.is_enabled():
+                optimizer.found_inf = is_bad  # as GradScaler has a fused optimiser skip a step: no wait for the device
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            loss_sum, bad, bad_in_a_row = loss_sum + loss, bad + is_bad, (bad_in_a_row + is_bad) * is_bad
+            progress.step += 1
+            window_steps += 1
+            window_sentences += len(batches[place])
+            bar.update()
 
-        every = settings.eval_every or per_epoch
-        evaluating = progress.step % every == 0 or progress.step == steps
-        saving = evaluating or (settings.save_every and progress.step % settings.save_every == 0)
-        if window_steps == LOG_EVERY or saving:  # reading the loss waits for the device, so not at every step
-            loss = float(machine.sum(loss_sum)) / window_steps
+            every = settings.eval_every or per_epoch
+            stopping = machine.any(stop.number > 0)
+            evaluating = progress.step % every == 0 or progress.step == steps
+            saving = stopping or evaluating or (settings.save_every and progress.step % settings.save_every == 0)
+            if window_steps < LOG_EVERY and not saving:
+                continue  # reading the loss waits for the device
+            loss, n_bad, n_in_a_row = machine.sum(loss_sum).item(), int(bad), int(bad_in_a_row)
             seconds = time.perf_counter() - window_start
             progress.seconds += seconds
             progress.sentences += window_sentences
-            speed = window_sentences / seconds
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {speed:.1f} sentences/s")
-            if is_first:
-                for name, value in (("loss", loss), ("learning_rate", rate), ("sentences_per_second", speed)):
-                    writer.add_scalar(f"train/{name}", value, progress.step)
-            loss_sum.zero_()
+            progress.skipped += n_bad
+            shown = {"loss": loss / max(window_steps - n_bad, 1), "learning_rate": rate}
+            shown |= {"sentences_per_second": window_sentences / seconds, "skipped_steps": progress.skipped}
+            text = "loss {loss:.3f}, lr {learning_rate:.1e}, {sentences_per_second:.1f} sentences/s".format(**shown)
+            bar.set_postfix_str(text + (f", {progress.skipped} steps skipped" if progress.skipped else ""))
+            if n_in_a_row >= LOG_EVERY:
+                raise InputError(
+                    f"{n_in_a_row} steps in a row, up to {progress.step}, were skipped: their gradient is not finite; "
+                    f"the model in {folder} is as before them; try a smaller --lr, or --amp off"
+                )
             if evaluating:
-                scores = evaluate()
-                if is_first:
-                    for name in ("micro_f1", "auprc", "accuracy"):
-                        writer.add_scalar(f"valid/{name}", scores[name], progress.step)
-            if saving and is_first:
-                save_progress(folder, settings, progress, parts)
+                shown |= {f"valid/{name}": value for name, value in evaluate().items() if name != "absent"}
+            if is_first:
+                for name, value in shown.items():
+                    writer.add_scalar(name if "/" in name else f"train/{name}", value, progress.step)
+                if saving:
+                    save_progress(folder, settings, rows_hash, progress, parts)
+            if stopping:
+                say(f"stopped after step {progress.step} of {steps} and saved; the same command goes on from there")
+                sys.exit(128 + (stop.number or signal.SIGTERM))
+            loss_sum, bad = torch.zeros_like(loss_sum), torch.zeros_like(bad)
             window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
-    bar.close()
     if is_first:
         finish(folder, settings, progress, labels, writer)
 

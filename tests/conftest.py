@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from data import Template, read_rows  # noqa: E402
-from train import make_tiny_encoder  # noqa: E402
+from tests.sample.tiny_encoder import make_tiny_encoder  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,13 @@ from data import (
     Template,
     atomic_write,
     clean,
-    encode,
     find_labels,
     particle,
     read_rows,
     split,
     with_known_labels,
 )
-from model import load_tokenizer
+from model import encode, load_tokenizer
 
 SENTENCE = "〈Something〉는 조지 해리슨이 쓰고 비틀즈가 1969년 앨범 《Abbey Road》에 담은 노래다."
 BEATLES = Row(

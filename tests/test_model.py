@@ -9,16 +9,16 @@ import torch
 import transformers
 from sklearn.metrics import log_loss
 
-from data import Example, InputError
+from data import InputError
+from infer import Machine, predict
 from model import (
     Dropout,
-    Machine,
+    Example,
     RelationModel,
     collate,
     load_checkpoint,
     load_encoder,
     load_tokenizer,
-    predict,
     relation_loss,
     restore,
     save_checkpoint,

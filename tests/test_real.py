@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data import KLUE_LABELS, Template, clean, encode, find_labels, read_rows, split, with_known_labels
-from model import load_tokenizer
+from data import KLUE_LABELS, Template, clean, find_labels, read_rows, split, with_known_labels
+from model import encode, load_tokenizer
 
 KLUE_RE, RE_ENCODER = os.environ.get("KLUE_RE"), os.environ.get("RE_ENCODER")
 needs_data = pytest.mark.skipif(not KLUE_RE, reason="KLUE_RE is not set")

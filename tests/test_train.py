@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import InputError
-from model import Machine
+from infer import Machine
 from train import Settings, learning_rate, make_optimizer, parse_settings, share_of_rank, training_batches
 
 
