@@ -45,7 +45,7 @@ class InputError(Exception):
 
 
 def exit_on_bad_input(main):
-    """Makes bad input or a failing disk one line on stderr and exit code 2, said once however many ranks run."""
+    """Makes bad input or a failing disk one line on stderr and exit code 2, said once on each machine."""
 
     @functools.wraps(main)
     def program():
@@ -57,7 +57,7 @@ def exit_on_bad_input(main):
         except (InputError, OSError) as error:
             if isinstance(error, BrokenPipeError):  # nobody reads what is printed, the interpreter's last flush neither
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if os.environ.get("RANK", "0") == "0":
+            if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)
 
@@ -195,8 +195,8 @@ def _check(record: dict, where: str) -> Row:
     subject, object = (_entity(record.get(f), f, sentence, where) for f in ("subject_entity", "object_entity"))
     same = (subject.start, subject.end) == (object.start, object.end)
     _expect(not same, where, "object_entity", object.word, "another span than the subject's")
-    _expect(isinstance(id, str | int) and str(id).strip(), where, "id", id, "a name for the row")
-    _expect(label is None or isinstance(label, str | int), where, "label", label, "the name of a relation")
+    _expect(isinstance(id, int) or (_is_text(id) and id.strip()), where, "id", id, "a name for the row")
+    _expect(label is None or isinstance(label, int) or _is_text(label), where, "label", label, "a relation's name")
     label = None if label is None or str(label).strip() in ("", "100") else str(label)  # 100: not told, in test files
     return Row(str(id), sentence, subject, object, label, str(record.get("source") or ""), where)
 
@@ -232,7 +232,10 @@ def _expect(holds, where: str, field: str, found, expected: str):
 
 
 def _short(value) -> str:
-    text = repr(value)  # escapes line ends and half characters: a message stays one printable line
+    try:
+        text = repr(value)  # escapes line ends and half characters: a message stays one printable line
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -241,6 +244,8 @@ def find_labels(rows: list[Row], negative: str = "no_relation") -> list[str]:
     found = {row.label for row in rows if row.label is not None} - {negative}
     if negative == KLUE_LABELS[0] and 2 * len(found & set(KLUE_LABELS)) >= len(found):
         return list(KLUE_LABELS)
+    if all(row.label != negative for row in rows):
+        raise InputError(f"--negative-label {negative}: found {_short(sorted(found))}, expected it among the labels")
     return [negative, *sorted(found)]
 
 
@@ -279,7 +284,7 @@ def split(rows: list[Row], labels: list[str], share: float, negative_share: floa
     """
     counts = Counter(row.label for row in rows)
     negatives = counts[labels[0]]
-    negative_share = negatives / len(rows) if negative_share is None else negative_share
+    negative_share = negatives / max(len(rows), 1) if negative_share is None else negative_share
     of_negatives = share * negative_share * len(rows) / max(negatives, 1)
     of_relations = share * (1 - negative_share) * len(rows) / max(len(rows) - negatives, 1)
     if max(of_negatives, of_relations) > 0.5:

@@ -16,8 +16,9 @@ lets each sentence attend to itself alone. The others (DeBERTa-v2) are padded in
 """
 
 import json
-import pickle
+import math
 import tempfile
+from bisect import bisect_right
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -62,13 +63,14 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
     texts = _tokens(tokenizer, [r.text for r in rendered], return_offsets_mapping=True)
     examples, n_cut = [], 0
     for i, r in enumerate(rendered):
-        ids, offsets = texts["input_ids"][i], np.array(texts["offset_mapping"][i], dtype=np.int64).reshape(-1, 2)
-        marks = [max(int(np.searchsorted(offsets[:, 0], span[0], side="right")) - 1, 0) for span in r.spans]
+        ids, offsets = texts["input_ids"][i], texts["offset_mapping"][i]
+        # the last token that starts where a mark opens, or before: a "▁" of its own may start there too
+        marks = [max(bisect_right(offsets, (span[0], math.inf)) - 1, 0) for span in r.spans]
         room = max_length - len(start) - len(before[i]) - len(middle) - len(after[i]) - len(end)
         if len(ids) > room:
-            keep = _nearest_to_marks(offsets, r.spans, room, rows[i].where)
+            keep = _nearest_to_marks(np.array(offsets), r.spans, room, rows[i].where)
             ids = [ids[k] for k in keep]
-            marks = [max(int(np.searchsorted(keep, mark, side="right")) - 1, 0) for mark in marks]
+            marks = [max(bisect_right(keep, mark) - 1, 0) for mark in marks]
             n_cut += 1
         first = len(start) + len(before[i]) + len(middle)
         ids = start + before[i] + middle + ids + after[i] + end
@@ -102,7 +104,7 @@ def _cut_middle(ids: list[int], room: int) -> list[int]:
     return ids if len(ids) <= room else ids[: room - room // 2] + ids[len(ids) - room // 2 :]
 
 
-def _nearest_to_marks(offsets: np.ndarray, spans, room: int, where: str) -> np.ndarray:
+def _nearest_to_marks(offsets: np.ndarray, spans, room: int, where: str) -> list[int]:
     """The `room` tokens to keep, ascending: marks first, then words by distance from their marks, then context."""
     starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
     rank = np.full(len(offsets), 2)
@@ -114,7 +116,7 @@ def _nearest_to_marks(offsets: np.ndarray, spans, room: int, where: str) -> np.n
             distance = np.minimum(distance, np.where(starts < edge, edge - ends, starts - edge).clip(0))
     if (rank == 0).sum() > room:
         raise InputError(f"{where}: the marks of both entities take more than {room} tokens; raise --max-length")
-    return np.sort(np.lexsort((distance, rank))[:room])
+    return np.sort(np.lexsort((distance, rank))[:room]).tolist()
 
 
 # --- flat batches ------------------------------------------------------------------------------------------------
@@ -226,30 +228,43 @@ AttentionMaskInterface.register("flat", lambda *args, **kwargs: None)  # else a 
 # --- the model ---------------------------------------------------------------------------------------------------
 
 
-def load_encoder(name: str, vocabulary: int | None = None) -> nn.Module:
+def load_encoder(name: str, added_tokens: range = range(0)) -> nn.Module:
     """A pretrained encoder by its folder or its name on the Hugging Face hub, with fp32 weights whatever the files
-    hold, and rows for a `vocabulary` that has grown: new ones start as the mean of the others."""
+    hold. The embeddings of `added_tokens`, ids behind those that the encoder has learned, start as their mean."""
     try:
-        encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {name}: {str(error).splitlines()[0]}") from error
-    old = encoder.get_input_embeddings().num_embeddings
-    if vocabulary is not None and vocabulary > old:
-        mean = encoder.get_input_embeddings().weight.detach().mean(0)
-        encoder.resize_token_embeddings(vocabulary, mean_resizing=False)
-        encoder.get_input_embeddings().weight.data[old:] = mean
+        encoder = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # of many kinds: transformers', the hub's, safetensors'
+        raise InputError(f"--model {name}: {_first_line(error)}") from error
+    if added_tokens:
+        mean = encoder.get_input_embeddings().weight.detach()[: added_tokens.start].mean(0)
+        if added_tokens.stop > encoder.get_input_embeddings().num_embeddings:
+            encoder.resize_token_embeddings(added_tokens.stop, mean_resizing=False)
+        encoder.get_input_embeddings().weight.data[added_tokens.start : added_tokens.stop] = mean
     return encoder
 
 
 def load_tokenizer(name: str):
     """The fast tokenizer of an encoder by its folder or its name on the Hugging Face hub."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {name}: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"--model {name}: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise InputError(f"--model {name}: its tokenizer has no fast version, which tells where in the text tokens are")
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation that takes a sentence by itself, which has no variance, by the running statistics."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class Dropout(nn.Dropout):
@@ -289,7 +304,7 @@ class RelationModel(nn.Module):
         # RoBERTa and its family count positions from the padding id on
         shifted = hasattr(embeddings, "create_position_ids_from_input_ids")
         self.first_position = embeddings.padding_idx + 1 if shifted else 0
-        self.longest = getattr(encoder.config, "max_position_embeddings", float("inf")) - self.first_position
+        self.longest = getattr(encoder.config, "max_position_embeddings", math.inf) - self.first_position
 
         hidden = encoder.config.hidden_size
         width = {"cls": hidden, "entity": 3 * hidden, "bilstm": 2 * hidden, "bigru": 2 * hidden}[head]
@@ -297,7 +312,7 @@ class RelationModel(nn.Module):
             self.rnn = (nn.LSTM if head == "bilstm" else nn.GRU)(hidden, hidden, bidirectional=True)
             for name, weight in self.rnn.named_parameters():
                 nn.init.xavier_normal_(weight) if "weight" in name else nn.init.zeros_(weight)
-        norms = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": nn.Identity}
+        norms = {"layer": nn.LayerNorm, "batch": BatchNorm, "none": nn.Identity}
         self.norm = norms[norm](width)
         self.activation = nn.GELU() if gelu else nn.Identity()
         self.dropout = Dropout(dropout)
@@ -334,7 +349,8 @@ class RelationModel(nn.Module):
         """The RNN's forward state at the last token of each sentence beside the backward one at its first token,
         (B, 2 x hidden)."""
         if states.is_cuda:
-            _, last = self.rnn(PackedSequence(states[batch.packing], batch.batch_sizes))
+            with torch.autocast("cuda", enabled=False):  # which would run it in fp16 also where bf16 is asked for
+                _, last = self.rnn(PackedSequence(states[batch.packing].float(), batch.batch_sizes))
             last = last[0] if self.head == "bilstm" else last  # (2 directions, B, hidden)
             return torch.cat([last[0], last[1]], 1)
         # torch's CPU kernels take three times as long for packed sequences as for padded ones, and a batch has
@@ -342,14 +358,18 @@ class RelationModel(nn.Module):
         first, lengths = batch.offsets[:-1].long(), torch.tensor(batch.lengths)
         places = torch.minimum(torch.arange(batch.lengths[0])[:, None], lengths - 1)  # (longest, B)
         last = []
+        # half precision only to predict: its gradients would lose what sums up over a sentence
+        half = torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+        dtype = torch.get_autocast_dtype("cpu") if half else torch.float32
         with torch.autocast("cpu", enabled=False):
             for weights, order in (
                 (self.rnn._flat_weights[:4], first + places),
                 (self.rnn._flat_weights[4:], first + lengths - 1 - places),
             ):
-                zero = states.new_zeros(1, len(lengths), states.shape[1], dtype=torch.float32)
+                weights = [w.to(dtype) for w in weights]
+                zero = states.new_zeros(1, len(lengths), states.shape[1], dtype=dtype)
                 run, start = (torch.lstm, (zero, zero)) if self.head == "bilstm" else (torch.gru, zero)
-                out = run(states[order].float(), start, weights, True, 1, 0.0, self.training, False, False)[0]
+                out = run(states[order].to(dtype), start, weights, True, 1, 0.0, self.training, False, False)[0]
                 last.append(out[lengths - 1, torch.arange(len(lengths))])
         return torch.cat(last, 1)
 
@@ -367,7 +387,18 @@ def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_al
 
 # --- checkpoint --------------------------------------------------------------------------------------------------
 
-FORMAT = 1
+MODEL_FORMAT, PROGRESS_FORMAT = "relation model 1", "training progress 1"
+
+
+def save_tensors(path: str | Path, content: dict, keep: Path | None = None):
+    """Writes a dict of tensors and plain values atomically; what was at `path` goes to `keep` if given."""
+    with atomic_write(path, "wb", keep) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch covers up why a write failed
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise error.__context__ from error
 
 
 def save_checkpoint(path: str | Path, model: RelationModel, tokenizer, labels: list[str], **more):
@@ -376,18 +407,21 @@ def save_checkpoint(path: str | Path, model: RelationModel, tokenizer, labels: l
         tokenizer.save_pretrained(folder)
         files = {f.name: f.read_text(encoding="utf-8") for f in Path(folder).iterdir()}
     content = {
-        "format": FORMAT,
+        "format": MODEL_FORMAT,
         "weights": model.state_dict(),
         "encoder": json.dumps(model.encoder.config.to_dict()),
         "tokenizer": files,
         "labels": labels,
         **more,
     }
-    with atomic_write(path, "wb") as file:
-        torch.save(content, file)
+    save_tensors(path, content)
 
 
-def load_checkpoint(path: str | Path) -> dict:
+class DamagedFile(InputError):
+    """A file that is not whole, or not one of ours at all."""
+
+
+def load_checkpoint(path: str | Path, format: str = MODEL_FORMAT) -> dict:
     """The content of a checkpoint, on the CPU; only tensors and plain values are read (weights_only)."""
     try:
         open(path, "rb").close()
@@ -395,12 +429,11 @@ def load_checkpoint(path: str | Path) -> dict:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise InputError(f"{path}: truncated, or not a checkpoint of train.py ({reason})") from error
+    except Exception as error:  # of any kind: the file may hold anything
+        raise DamagedFile(f"{path}: truncated, or not a checkpoint of train.py ({_first_line(error)})") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise InputError(f"{path}: found checkpoint format {found!r}, expected {FORMAT}: not made by this train.py")
+    if found != format:
+        raise InputError(f"{path}: found format {str(found)[:40]!r}, expected {format!r} as this train.py writes it")
     return content
 
 
@@ -408,10 +441,12 @@ def restore(checkpoint: dict):
     """(model, tokenizer) of a checkpoint; needs no network."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in checkpoint["tokenizer"].items():
+            if Path(name).name != name:
+                raise InputError(f"tokenizer file {name!r} of the checkpoint: expected a name without folders")
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = json.loads(checkpoint["encoder"])
-    encoder = AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.for_model(**json.loads(checkpoint["encoder"]))
+    encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     settings = {key: checkpoint["settings"][key] for key in ("head", "norm", "gelu", "dropout")}
     model = RelationModel(encoder, len(checkpoint["labels"]), **settings)
     model.load_state_dict(checkpoint["weights"])

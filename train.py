@@ -33,7 +33,8 @@ from data import MARKERS, PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic
 from infer import Machine, predict, running
 from metrics import describe, score
 from model import (
-    FORMAT,
+    PROGRESS_FORMAT,
+    DamagedFile,
     RelationModel,
     collate,
     encode,
@@ -42,11 +43,13 @@ from model import (
     load_tokenizer,
     relation_loss,
     save_checkpoint,
+    save_tensors,
     within_tokens,
 )
 from tests.sample.tiny_encoder import make_tiny_encoder
 
 LOG_EVERY = 10  # steps between two readings of the loss
+BAD_STEPS = 20  # in a row that stop a run; fp16 skips a few at its start until it has found its scale
 
 
 def setting(default, help: str, *allowed):
@@ -77,7 +80,7 @@ class Settings:
     head: str = setting("cls", "what reads the relation off the encoder's states", "cls", "entity", "bilstm", "bigru")
     norm: str = setting("layer", "normalisation before the classifier", "layer", "batch", "none")
     gelu: bool = setting(False, "a GELU before the classifier")
-    dropout: float = setting(0.0, "dropout before the classifier (the encoder has its own)", 0, 1)
+    dropout: float = setting(0.0, "dropout before the classifier (the encoder has its own)", 0, 0.99)
     # optimisation
     batch_size: int = setting(64, "sentences an optimiser step, over all processes together", 1, math.inf)
     epochs: int = setting(5, "times that every training row is seen", 1, math.inf)
@@ -100,6 +103,7 @@ class Settings:
     out: str = setting("", "run folder; default: runs/<name made of the settings>")
     resume: bool = setting(False, "insist on going on from last.pt, which happens by itself where there is one")
     fresh: bool = setting(False, "start over even if the run folder has a last.pt")
+    deterministic: bool = setting(False, "the same bits each time on a GPU too, at some cost in speed")
     demo: bool = setting(False, "a tiny encoder, trained from nothing on tests/sample in under two minutes")
 
     def check(self):
@@ -128,7 +132,7 @@ class Settings:
 
 
 # settings that a run may change when it goes on: they do not say what is optimised
-NOT_OPTIMISATION = ("max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo")
+NOT_OPTIMISATION = ("max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo", "deterministic")
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
         "head": "entity", "batch_size": 32, "epochs": 12, "lr": 1e-3}  # fmt: skip
 
@@ -153,6 +157,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         parser.set_defaults(**DEMO)
     settings = Settings(**vars(parser.parse_args(arguments)))
     if settings.demo:
+        if settings.model != Settings.model:
+            raise InputError(f"--model {settings.model}: --demo makes an encoder of its own")
         settings.model = str(settings.folder() / "encoder")
     settings.check()
     return settings
@@ -169,8 +175,6 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str
     labels = data.find_labels(rows, settings.negative_label)
     rows = data.with_known_labels(rows, labels, skipped)
     say(f"{path}: {len(rows)} rows, {len(labels)} labels")
-    if skipped:
-        say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
     if settings.clean:
         rows, removed = data.clean(rows, labels[0])
         say(f"cleaning removed {len(removed)} repeated or contradicting rows")
@@ -178,10 +182,16 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str
         chosen = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.limit]
         rows = [rows[i] for i in sorted(chosen)]
     if settings.valid:
-        return rows, data.with_known_labels(data.read_rows(settings.valid, skipped), labels, skipped), labels
-    test_like = settings.split == "test-like"
-    share, negative_share = (0.1, settings.no_relation_share) if test_like else (0.2, None)
-    return *data.split(rows, labels, share, negative_share, settings.seed), labels
+        valid = data.with_known_labels(data.read_rows(settings.valid, skipped), labels, skipped)
+    else:
+        test_like = settings.split == "test-like"
+        share, negative_share = (0.1, settings.no_relation_share) if test_like else (0.2, None)
+        rows, valid = data.split(rows, labels, share, negative_share, settings.seed)
+    if skipped:
+        say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
+    if not rows or not valid:
+        raise InputError(f"{path}: {len(rows)} rows to train on and {len(valid)} to validate on, expected some of each")
+    return rows, valid, labels
 
 
 def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> torch.Tensor | None:
@@ -263,9 +273,22 @@ def batch_gradients(model, examples, lengths, rows, step, settings, machine, sca
     return total
 
 
+def update_weights(model, optimizer, scaler, clip_norm: float) -> torch.Tensor:
+    """A step of the optimiser, left out where the gradient is not finite; returns 1 if so, else 0, on the device."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    is_bad = 1 - norm.isfinite().float()
+    if not scaler.is_enabled():
+        optimizer.found_inf = is_bad  # as GradScaler has a fused optimiser skip a step: no wait for the device
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return is_bad
+
+
 class StopSignal:
     """Remembers a SIGTERM or SIGINT, so that the step in hand is finished and saved. A second one, unless it comes
-    within a second (torchrun passes on what the terminal has sent already), ends the program at once."""
+    within a second (a launcher may pass on what was sent to this process already), ends the program at once."""
 
     def __init__(self):
         self.number, self.when = 0, 0.0
@@ -293,12 +316,12 @@ class Progress:
 
 def save_progress(folder: Path, settings: Settings, rows_hash: str, progress: Progress, parts: dict):
     """Writes last.pt; the one before becomes previous.pt. `parts`: what has a state_dict, by name."""
-    content = {"format": FORMAT, "settings": asdict(settings), "rows": rows_hash, "progress": asdict(progress)}
-    with atomic_write(folder / "last.pt", "wb", keep=folder / "previous.pt") as file:
-        torch.save(content | {name: part.state_dict() for name, part in parts.items()}, file)
+    content = {"format": PROGRESS_FORMAT, "settings": asdict(settings), "rows": rows_hash, "progress": asdict(progress)}
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save_tensors(folder / "last.pt", content | states, keep=folder / "previous.pt")
 
 
-def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict, say) -> Progress:
+def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict, machine: Machine, say) -> Progress:
     """Where to go on: what last.pt says, or previous.pt if that is damaged, once it is sure that the settings and the
     rows are the same; else the beginning."""
     found = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
@@ -306,22 +329,24 @@ def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict,
         raise InputError(f"{folder}: no last.pt to go on from, as --resume wants")
     for path in found:
         try:
-            content = load_checkpoint(path)
-        except InputError as error:
+            content = load_checkpoint(path, PROGRESS_FORMAT)
+        except DamagedFile as error:
             if path is found[-1]:
                 raise
             say(str(error))
+            machine.wait_for_all()  # till all have seen it
+            if machine.rank == 0:
+                os.replace(path, folder / "damaged.pt")  # lest it takes the place of previous.pt
             continue
         for name, value in asdict(settings).items():
             before = content["settings"].get(name)
             if before != value and name not in ("data", "valid", *NOT_OPTIMISATION):
                 raise InputError(f"{path}: made with {name} = {before!r}, now {value!r}; use --fresh, or another --out")
         if content["rows"] != rows_hash:
-            raise InputError(
-                f"{path}: made with other rows than those of {settings.data}; use --fresh, or another --out"
-            )
+            raise InputError(f"{path}: made with other rows or alphas than now; use --fresh, or another --out")
         for name, part in parts.items():
-            part.load_state_dict(content[name])
+            if content[name]:  # the scaler has no state but in fp16
+                part.load_state_dict(content[name])
         say(f"{path}: going on after step {content['progress']['step']}")
         return Progress(**content["progress"])
     return Progress()
@@ -351,6 +376,7 @@ def train(settings: Settings, machine: Machine):
 
     # rows to token ids
     tokenizer = load_tokenizer(settings.model)
+    known = len(tokenizer)
     types = {entity.type for row in train_rows for entity in (row.subject, row.object) if entity.type}
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
     examples, n_cut = encode(train_rows, template, tokenizer, labels, settings.max_length)
@@ -364,7 +390,7 @@ def train(settings: Settings, machine: Machine):
 
     # model and optimiser
     torch.manual_seed(settings.seed)
-    encoder = load_encoder(settings.model, len(tokenizer))
+    encoder = load_encoder(settings.model, range(known, len(tokenizer)))
     model = RelationModel(encoder, len(labels), settings.head, settings.norm, settings.gelu, settings.dropout)
     if settings.max_length > model.longest:
         raise InputError(f"--max-length {settings.max_length}: {settings.model} takes at most {model.longest} tokens")
@@ -372,17 +398,18 @@ def train(settings: Settings, machine: Machine):
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
     parts = {"weights": model, "optimizer": optimizer, "scaler": scaler}
-    rows_hash = sha256(repr([row[:-1] for row in [*train_rows, *valid_rows]]).encode()).hexdigest()
+    alpha = focal_alpha(settings, labels, machine.device)
+    used = [[row[:-1] for row in train_rows], [row[:-1] for row in valid_rows], labels, alpha is None or alpha.tolist()]
+    rows_hash = sha256(repr(used).encode()).hexdigest()
     if settings.fresh and is_first:
         remove_progress(folder)
     machine.wait_for_all()
-    progress = load_progress(folder, settings, rows_hash, parts, say)
+    progress = load_progress(folder, settings, rows_hash, parts, machine, say)
     trained = machine.distribute(model)
-    alpha = focal_alpha(settings, labels, machine.device)
 
     def evaluate():
         """Scores the model on the validation rows; the best so far is saved, with its predictions."""
-        probs = predict(model, valid_examples, machine, settings.max_tokens)
+        probs = predict(model, valid_examples, machine, max_tokens)
         scores = score(probs, gold)
         say(f"step {progress.step}: {describe(scores, labels)}")
         progress.without_gain += 1
@@ -401,7 +428,8 @@ def train(settings: Settings, machine: Machine):
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     steps = settings.epochs * per_epoch
     batches, max_tokens, stop = [], settings.max_tokens, StopSignal()
-    writer = SummaryWriter(folder, purge_step=progress.step) if is_first else None
+    purge_step = progress.step + 1 if progress.step else None  # what a killed run has written beyond
+    writer = SummaryWriter(folder, purge_step=purge_step) if is_first else None
     interval = 0.5 if sys.stderr.isatty() else 60  # a log file needs few lines
     # since the loss was last read: the sum of the losses and, of steps that were not finite, their number; in a row
     loss_sum, bad, bad_in_a_row = torch.zeros(3, device=machine.device).unbind()
@@ -415,26 +443,20 @@ def train(settings: Settings, machine: Machine):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             trained.train()
-            step = (examples, lengths, batches[place], progress.step)
+            step, tokens_before = (examples, lengths, batches[place], progress.step), max_tokens
             while (loss := batch_gradients(trained, *step, settings, machine, scaler, alpha, max_tokens)) is None:
                 if max_tokens < lengths[batches[place]].min():
                     raise InputError("out of memory with one sentence at a time; try a smaller --max-length or --model")
-                max_tokens //= 2
-                say(f"out of memory at step {progress.step + 1}: from now on {max_tokens} tokens at a time")
+                max_tokens = min(max_tokens, math.ceil(lengths[batches[place]].sum() / machine.world)) // 2
                 model.zero_grad()
                 if machine.device.type == "cuda":
                     torch.cuda.empty_cache()
                 trained = None  # a DistributedDataParallel that was stopped half way cannot go on
                 trained = machine.distribute(model)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-            is_bad = 1 - norm.isfinite().float()
-            if not scaler.is_enabled():
-                optimizer.found_inf = is_bad  # as GradScaler has a fused optimiser skip a step: no wait for the device
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            loss_sum, bad, bad_in_a_row = loss_sum + loss, bad + is_bad, (bad_in_a_row + is_bad) * is_bad
+            if max_tokens < tokens_before:
+                say(f"out of memory at step {progress.step + 1}: from now on {max_tokens} tokens at a time")
+            is_bad = update_weights(model, optimizer, scaler, settings.clip_norm)
+            loss_sum, bad, bad_in_a_row = loss_sum + loss * (1 - is_bad), bad + is_bad, (bad_in_a_row + is_bad) * is_bad
             progress.step += 1
             window_steps += 1
             window_sentences += len(batches[place])
@@ -455,7 +477,7 @@ def train(settings: Settings, machine: Machine):
             shown |= {"sentences_per_second": window_sentences / seconds, "skipped_steps": progress.skipped}
             text = "loss {loss:.3f}, lr {learning_rate:.1e}, {sentences_per_second:.1f} sentences/s".format(**shown)
             bar.set_postfix_str(text + (f", {progress.skipped} steps skipped" if progress.skipped else ""))
-            if n_in_a_row >= LOG_EVERY:
+            if n_in_a_row >= BAD_STEPS:
                 raise InputError(
                     f"{n_in_a_row} steps in a row, up to {progress.step}, were skipped: their gradient is not finite; "
                     f"the model in {folder} is as before them; try a smaller --lr, or --amp off"
@@ -469,6 +491,7 @@ def train(settings: Settings, machine: Machine):
                     save_progress(folder, settings, rows_hash, progress, parts)
             if stopping:
                 say(f"stopped after step {progress.step} of {steps} and saved; the same command goes on from there")
+                machine.wait_for_all()  # torchrun ends all processes when the first one has ended
                 sys.exit(128 + (stop.number or signal.SIGTERM))
             loss_sum, bad = torch.zeros_like(loss_sum), torch.zeros_like(bad)
             window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
@@ -498,7 +521,12 @@ def main():
     settings = parse_settings()
     transformers.logging.set_verbosity_error()  # else it warns of the heads in the files that we leave unread
     transformers.logging.disable_progress_bar()
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
     with running(settings.amp) as machine:
+        if settings.norm == "batch" and machine.world > 1:
+            raise InputError("--norm batch: normalises over the sentences of one process, and there are several")
         train(settings, machine)
 
 

@@ -25,20 +25,20 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from data import InputError, Template, read_rows  # noqa: E402
-from model import load_checkpoint  # noqa: E402
+from data import Template, read_rows  # noqa: E402
+from model import MODEL_FORMAT, PROGRESS_FORMAT, DamagedFile, load_checkpoint  # noqa: E402
 from tests.sample.tiny_encoder import make_tiny_encoder  # noqa: E402
 
 
 def start(folder: Path, encoder: Path, processes: int) -> subprocess.Popen:
-    """A short training, in a process group of its own, that saves after every second step."""
+    """A short training that saves after every second step."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["train.py", "--data", "tests/sample", "--model", encoder, "--out", folder, "--limit", "400"]
     command += "--split stratified --batch-size 30 --epochs 3 --lr 1e-3 --head bilstm --save-every 2".split()
     with open(folder.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
 def kill_some_time(training: subprocess.Popen, folder: Path, rng: random.Random) -> bool:
@@ -51,12 +51,22 @@ def kill_some_time(training: subprocess.Popen, folder: Path, rng: random.Random)
         if while_writing and any(folder.glob(".*.tmp")):
             break
         time.sleep(0.0005)
-    was_running = training.poll() is None
-    if was_running:
-        os.killpg(training.pid, signal.SIGKILL)
+    if training.poll() is not None:
+        return False
+    os.kill(training.pid, signal.SIGSTOP)  # torchrun starts no further process then
+    family = [training.pid, *children(training.pid)]
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
     training.wait()
-    time.sleep(0.2)  # the workers of torchrun die with their group
-    return was_running
+    while any(Path(f"/proc/{pid}").exists() for pid in family):
+        time.sleep(0.01)
+    return True
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [grandchild for child in found for grandchild in children(child)]
 
 
 def torn_files(folder: Path) -> list[str]:
@@ -64,8 +74,8 @@ def torn_files(folder: Path) -> list[str]:
     torn = []
     for path in folder.glob("*.pt"):
         try:
-            load_checkpoint(path)
-        except InputError:
+            load_checkpoint(path, MODEL_FORMAT if path.name == "ckpt.pt" else PROGRESS_FORMAT)
+        except DamagedFile:
             torn.append(path.name)
     for path in folder.glob("*.csv"):
         with open(path, encoding="utf-8", newline="") as file:
@@ -95,7 +105,7 @@ def main():
     for n in (1, 2):
         folder = work / f"whole-{n}"
         whole[n] = finish(start(folder, work / "encoder", n), folder)
-    kills, torn, identical = 0, [], 0
+    kills, in_writing, torn, identical = 0, 0, [], 0
     for i in range(arguments.runs):
         processes, folder, killed = 1 + i % 2, work / f"run-{i}", 0
         for _ in range(rng.randint(1, 3)):
@@ -103,14 +113,15 @@ def main():
             if not kill_some_time(training, folder, rng):
                 break
             killed += 1
+            in_writing += any(folder.glob(".*.tmp"))
             torn += torn_files(folder)
         weights = finish(start(folder, work / "encoder", processes), folder)
         same = all(torch.equal(weights[name], value) for name, value in whole[processes].items())
         kills, identical = kills + killed, identical + same
-        print(
-            f"run {i}: {processes} processes, killed {killed} times, {'identical' if same else 'DIFFERENT'}", flush=True
-        )
-    print(f"\n{arguments.runs} runs survived {kills} kills; torn files {len(torn)}; identical weights {identical}")
+        outcome = "identical" if same else "DIFFERENT"
+        print(f"run {i}: {processes} processes, killed {killed} times, {outcome}", flush=True)
+    print(f"\n{arguments.runs} runs survived {kills} kills, {in_writing} of them while a file was being written")
+    print(f"torn files {len(torn)}; identical weights {identical}")
     sys.exit(0 if not torn and identical == arguments.runs else 1)
 
 

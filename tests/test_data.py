@@ -319,6 +319,14 @@ def test_all_formats_give_the_same_rows(tmp_path, rows):
         assert [r[:-1] for r in read_rows(tmp_path / name)] == [r[:-1] for r in rows[:50]]
 
 
+VALID = {
+    "guid": "0",
+    "sentence": "김은 이를 만났다",
+    "subject_entity": {"word": "김", "start_idx": 0, "end_idx": 0, "type": "PER"},
+    "object_entity": {"word": "이", "start_idx": 3, "end_idx": 3, "type": "PER"},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -326,6 +334,8 @@ def test_all_formats_give_the_same_rows(tmp_path, rows):
         ("a.json", '{"a": 1}', r"a.json:1: row: found 'a', expected an object"),
         ("a.json", "[" * 100_000, r"a.json:1: expected JSON rows"),
         ("a.jsonl", '{"guid": "0"}\n{', r"a.jsonl:2: expected JSONL rows"),
+        ("a.jsonl", json.dumps({**VALID, "guid": "\ud800"}), r"a.jsonl:1: id: found '\\ud800'"),
+        ("a.jsonl", json.dumps({**VALID, "label": "\ud800"}), r"a.jsonl:1: label: found '\\ud800'"),
         ("a.jsonl", "[1]\n", r"a.jsonl:1: row: found \[1\], expected an object"),
         ("a.jsonl", '{"guid": "0"}\n', r"a.jsonl:1: sentence: found None, expected text"),
         ("a.jsonl", '{"guid": "0", "sentence": "\\ud83d"}\n', r"a.jsonl:1: sentence: found '\\ud83d', expected text"),
@@ -353,6 +363,8 @@ def test_labels_of_the_competition_and_of_another_data_set(rows):
     assert len(set(KLUE_LABELS)) == 30
     own = [row("김은 이를 만났다", "김", "이", label) for label in ("knows", "none", "likes")]
     assert find_labels(own, "none") == ["none", "knows", "likes"]
+    with pytest.raises(InputError, match="--negative-label nome"):
+        find_labels(own, "nome")
     typo = [*rows[:9], rows[9]._replace(label="per:titel")]
     with pytest.raises(InputError, match=r"label: found 'per:titel', expected one of 30 labels"):
         with_known_labels(typo, find_labels(typo))

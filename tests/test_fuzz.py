@@ -70,7 +70,8 @@ def test_any_objects(tmp_path, rows):
     ["(" * 100_000, "[" * 2000 + "]" * 2000, "-" * 100_000 + "1", "{'word': '" + "a" * 10_000_000,
      "__import__('os').abort()",
      "{'word': '김', 'start_idx': 0, 'end_idx': 0, 'type': 'PER'}" + " " * 10_000_000 + ")", "'\\ud800'", "{1: {}}[1]",
-     "{'word': '김', 'start_idx': 9" + "9" * 5000 + ", 'end_idx': 0}", "{{}: 1}", "\0", "1e999", "nan"],
+     "{'word': '김', 'start_idx': 9" + "9" * 5000 + ", 'end_idx': 0}", "{{}: 1}", "\0", "1e999", "nan",
+     "{'word': '김', 'start_idx': 0x" + "f" * 5000 + ", 'end_idx': 0}"],
 )  # fmt: skip
 def test_hostile_literals(tmp_path, literal):
     file = io.StringIO(newline="")

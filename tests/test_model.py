@@ -164,9 +164,13 @@ def test_encoders_load_as_fp32_and_new_tokens_start_as_the_mean(encoder_folder, 
     encoder = load_encoder(str(tmp_path))
     assert {p.dtype for p in encoder.parameters()} == {torch.float32}
     old = encoder.get_input_embeddings().weight
-    new = load_encoder(str(tmp_path), len(old) + 3).get_input_embeddings().weight
+    new = load_encoder(str(tmp_path), range(len(old), len(old) + 3)).get_input_embeddings().weight
     torch.testing.assert_close(new[: len(old)], old)
     torch.testing.assert_close(new[len(old) :], old.mean(0).expand(3, -1))
+    # a vocabulary padded with rows that no token has
+    padded = load_encoder(str(tmp_path), range(len(old) - 5, len(old) - 3)).get_input_embeddings().weight
+    torch.testing.assert_close(padded[-5:-3], old[:-5].mean(0).expand(2, -1))
+    torch.testing.assert_close(padded[-3:], old[-3:])
 
 
 def test_an_absent_encoder_is_one_line(tmp_path):
@@ -180,7 +184,8 @@ def test_an_absent_encoder_is_one_line(tmp_path):
 def checkpoint(tmp_path, encoder_folder):
     tokenizer = load_tokenizer(str(encoder_folder))
     tokenizer.add_tokens(["[E1]"])
-    model = RelationModel(load_encoder(str(encoder_folder), len(tokenizer)), 3, "bigru")
+    encoder = load_encoder(str(encoder_folder), range(len(tokenizer) - 1, len(tokenizer)))
+    model = RelationModel(encoder, 3, "bigru")
     settings = {"head": "bigru", "norm": "layer", "gelu": False, "dropout": 0.0}
     save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer, ["a", "b", "c"], settings=settings)
     return tmp_path / "ckpt.pt", model, tokenizer
@@ -202,7 +207,8 @@ def test_a_truncated_or_foreign_checkpoint_is_named(checkpoint, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").write_text("")
     torch.save({"weights": {}}, tmp_path / "foreign.pt")
-    for name in ("half.pt", "text.pt", "empty.pt", "foreign.pt", "absent.pt"):
+    torch.save({"format": "training progress 1"}, tmp_path / "progress.pt")
+    for name in ("half.pt", "text.pt", "empty.pt", "foreign.pt", "progress.pt", "absent.pt"):
         with pytest.raises(InputError, match=name) as raised:
             load_checkpoint(tmp_path / name)
         assert "\n" not in str(raised.value)
@@ -215,9 +221,30 @@ class Planted:
 
 def test_a_planted_pickle_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": 1, "weights": Planted()}, "bad.pt")
+    torch.save({"format": "relation model 1", "weights": Planted()}, "bad.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Planted()))
     for name in ("bad.pt", "raw.pt"):
         with pytest.raises(InputError, match=name):
             load_checkpoint(name)
     assert not (tmp_path / "planted").exists()
+
+
+def test_a_checkpoint_writes_no_file_outside(checkpoint, tmp_path):
+    content = load_checkpoint(checkpoint[0])
+    for name in (str(tmp_path / "planted"), "../planted"):
+        content["tokenizer"] = {name: "{}"}
+        with pytest.raises(InputError, match="planted"):
+            restore(content)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_batch_norm_takes_a_single_sentence():
+    model = RelationModel(encoder_of("bert"), 30, norm="batch").train()
+    assert model(collate(examples_of((9,)), np.array([0]))).isfinite().all()
+
+
+def test_probabilities_that_are_not_finite_are_refused():
+    model = RelationModel(encoder_of("bert"), 30)
+    model.classifier.bias.data[0] = float("nan")
+    with pytest.raises(InputError, match="3 rows have probabilities that are not finite"):
+        predict(model, examples_of((9, 4, 17)), CPU)

@@ -6,10 +6,10 @@ import re
 
 import numpy as np
 import pytest
-from conftest import SAMPLE
 
 from data import KLUE_LABELS, write_predictions
 from ensemble import read_submission
+from tests.conftest import SAMPLE
 
 
 def read(path):

@@ -42,6 +42,9 @@ def test_marks_are_found_in_every_row():
         subject, object = tokenizer.convert_ids_to_tokens([int(example.ids[mark]) for mark in example.marks])
         assert "@" in subject, row
         assert "#" in object, row
+    for row, example in zip(rows[:300], examples):
+        rendered = Template().render(row)
+        assert example.ids.tolist() == tokenizer(rendered.before, rendered.text)["input_ids"]
 
 
 @needs_both
@@ -55,7 +58,7 @@ def test_a_real_encoder_trains_and_predicts(run, tmp_path):
             csv.writer(file).writerows(table)
     settings = "--head bilstm --lr 1.5e-4 --batch-size 32 --epochs 1 --limit 400 --split stratified --out runs/real"
     done = run("train.py", "--data", data, "--model", RE_ENCODER, *settings.split())
-    assert "320 rows to train on, 80 to validate on" in done.stdout or "rows to train on" in done.stdout
+    assert "rows to train on" in done.stdout
     done = run("infer.py", "runs/real/ckpt.pt")
     with open(tmp_path / "out/real.csv", encoding="utf-8", newline="") as file:
         predicted = list(csv.DictReader(file))
