@@ -359,8 +359,8 @@ class RelationModel(nn.Module):
         places = torch.minimum(torch.arange(batch.lengths[0])[:, None], lengths - 1)  # (longest, B)
         last = []
         # half precision only to predict: its gradients would lose what sums up over a sentence
-        half = torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
-        dtype = torch.get_autocast_dtype("cpu") if half else torch.float32
+        half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        dtype = torch.bfloat16 if half and not torch.is_grad_enabled() else torch.float32
         with torch.autocast("cpu", enabled=False):
             for weights, order in (
                 (self.rnn._flat_weights[:4], first + places),

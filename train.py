@@ -476,7 +476,9 @@ def train(settings: Settings, machine: Machine):
             shown = {"loss": loss / max(window_steps - n_bad, 1), "learning_rate": rate}
             shown |= {"sentences_per_second": window_sentences / seconds, "skipped_steps": progress.skipped}
             text = "loss {loss:.3f}, lr {learning_rate:.1e}, {sentences_per_second:.1f} sentences/s".format(**shown)
-            bar.set_postfix_str(text + (f", {progress.skipped} steps skipped" if progress.skipped else ""))
+            bar.set_postfix_str(
+                text + (f", {progress.skipped} steps skipped" if progress.skipped else ""), refresh=False
+            )
             if n_in_a_row >= BAD_STEPS:
                 raise InputError(
                     f"{n_in_a_row} steps in a row, up to {progress.step}, were skipped: their gradient is not finite; "
