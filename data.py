@@ -10,6 +10,7 @@ A row says which relation holds between a subject and an object in a sentence. I
 Formats: the CSV of the Boostcamp competition, KLUE's JSON, JSON lines; UTF-8 with or without BOM.
 """
 
+import argparse
 import ast
 import csv
 import functools
@@ -62,6 +63,13 @@ def exit_on_bad_input(main):
             sys.exit(2)
 
     return program
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are bad input like any other: one line, exit code 2."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; {self.prog} -h lists all options")
 
 
 @contextmanager

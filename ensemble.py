@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import KLUE_LABELS, InputError, exit_on_bad_input, read_csv, write_predictions
+from data import KLUE_LABELS, InputError, Parser, exit_on_bad_input, read_csv, write_predictions
 
 
 class Submission(NamedTuple):
@@ -118,7 +118,7 @@ def print_agreement(submissions: list[Submission]):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="submissions of the same rows")
     parser.add_argument("--soft", action="store_true", help="average probabilities instead of counting votes")
     parser.add_argument("--weights", nargs="+", type=float, help="a weight for each file (all alike)")
@@ -148,7 +148,7 @@ def main():
         print("rows that two files predict alike, in per cent:")
         print_agreement(submissions)
     kind = "soft" if arguments.soft else "hard"
-    print(f"{arguments.out}: {kind} vote of {len(submissions)} files, {len(predicted)} rows")
+    print(f"{arguments.out}: {kind} vote, files: {len(submissions)}, rows: {len(predicted)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from data import (
     Entity,
     InputError,
+    Parser,
     Row,
     Template,
     data_file,
@@ -131,7 +132,7 @@ def predict(model: RelationModel, examples: list[Example], machine: Machine, max
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="ckpt.pt of a run of train.py")
     parser.add_argument("--data", help="file to predict; default: test_data.csv of the checkpoint's data folder")
     parser.add_argument("--out", help="file to write; default: out/<name of the run>.csv")

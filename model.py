@@ -234,7 +234,7 @@ def load_encoder(name: str, added_tokens: range = range(0)) -> nn.Module:
     try:
         encoder = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # of many kinds: transformers', the hub's, safetensors'
-        raise InputError(f"--model {name}: {_first_line(error)}") from error
+        raise _cannot_load(name, error) from error
     if added_tokens:
         mean = encoder.get_input_embeddings().weight.detach()[: added_tokens.start].mean(0)
         if added_tokens.stop > encoder.get_input_embeddings().num_embeddings:
@@ -248,14 +248,15 @@ def load_tokenizer(name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"--model {name}: {_first_line(error)}") from error
+        raise _cannot_load(name, error) from error
     if not tokenizer.is_fast:
         raise InputError(f"--model {name}: its tokenizer has no fast version, which tells where in the text tokens are")
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _cannot_load(name: str, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return InputError(f"--model {name}: expected an encoder's folder or a name on the Hugging Face hub: {reason}")
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -430,7 +431,7 @@ def load_checkpoint(path: str | Path, format: str = MODEL_FORMAT) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: the file may hold anything
-        raise DamagedFile(f"{path}: truncated, or not a checkpoint of train.py ({_first_line(error)})") from error
+        raise DamagedFile(f"{path}: truncated, or not a checkpoint of train.py") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != format:
         raise InputError(f"{path}: found format {str(found)[:40]!r}, expected {format!r} as this train.py writes it")

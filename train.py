@@ -134,7 +134,7 @@ class Settings:
 # settings that a run may change when it goes on: they do not say what is optimised
 NOT_OPTIMISATION = ("max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo", "deterministic")
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
-        "head": "entity", "batch_size": 32, "epochs": 12, "lr": 1e-3}  # fmt: skip
+        "head": "entity", "batch_size": 32, "epochs": 8, "lr": 1e-3}  # fmt: skip
 
 
 def flag(name: str) -> str:
@@ -147,7 +147,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line (sys.argv by default)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = data.Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     for f in fields(Settings):
         how = {"type": f.type, "choices": f.metadata["allowed"] or None} if f.type is str else {"type": f.type}
         if f.type is bool:
