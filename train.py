@@ -48,6 +48,7 @@ from model import (
 )
 from tests.sample.tiny_encoder import make_tiny_encoder
 
+DATA_SEED = 42  # of --limit and the split: runs of several seeds are compared on the same rows
 LOG_EVERY = 10  # steps between two readings of the loss
 BAD_STEPS = 20  # in a row that stop a run; fp16 skips a few at its start until it has found its scale
 
@@ -69,7 +70,7 @@ class Settings:
     clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
     skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
     negative_label: str = setting("no_relation", "the label that means none of the others")
-    limit: int = setting(0, "use this many rows of the training file, drawn by the seed; 0: all", 0, math.inf)
+    limit: int = setting(0, "use this many rows of the training file, the same ones for every seed; 0: all", 0, math.inf)
     # input
     marker: str = setting("typed_entity_marker_punct", "how the entities are marked", *MARKERS)
     prompt: str = setting("s_and_o", "what is said beside the sentence", *PROMPTS)
@@ -92,7 +93,7 @@ class Settings:
     label_smoothing: float = setting(0.0, "share of the target spread over all labels", 0, 1)
     focal_gamma: float = setting(0.0, "gamma of the focal loss; 0: cross entropy", 0, math.inf)
     focal_alpha: str = setting("", "JSON file {label: alpha} of the focal loss; labels not in it have 1")
-    seed: int = setting(42, "of the split, the order of batches, new weights and dropout", 0, 2**32 - 1)
+    seed: int = setting(42, "of the order of batches, new weights and dropout", 0, 2**32 - 1)
     # the run
     amp: str = setting("auto", "precision; auto: half where the device is good at it", "auto", "off", "bf16", "fp16")
     max_tokens: int = setting(16384, "tokens at a time on a device; a larger batch is done in parts", 1, math.inf)
@@ -179,14 +180,14 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str
         rows, removed = data.clean(rows, labels[0])
         say(f"cleaning removed {len(removed)} repeated or contradicting rows")
     if settings.limit:
-        chosen = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.limit]
+        chosen = np.random.default_rng(DATA_SEED).permutation(len(rows))[: settings.limit]
         rows = [rows[i] for i in sorted(chosen)]
     if settings.valid:
         valid = data.with_known_labels(data.read_rows(settings.valid, skipped), labels, skipped)
     else:
         test_like = settings.split == "test-like"
         share, negative_share = (0.1, settings.no_relation_share) if test_like else (0.2, None)
-        rows, valid = data.split(rows, labels, share, negative_share, settings.seed)
+        rows, valid = data.split(rows, labels, share, negative_share, DATA_SEED)
     if skipped:
         say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
     if not rows or not valid:
