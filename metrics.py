@@ -7,7 +7,6 @@ All are percentages. Label 0 is the negative one (no_relation).
 """
 
 import numpy as np
-from sklearn.metrics import auc, f1_score, precision_recall_curve
 
 
 def score(probs: np.ndarray, gold: np.ndarray) -> dict:
@@ -17,6 +16,8 @@ def score(probs: np.ndarray, gold: np.ndarray) -> dict:
     auprc: the area under each class's precision-recall curve by the trapezoidal rule, their unweighted mean over all
     classes, 0 among them. A class that `gold` does not contain has no such curve and is left out ("absent").
     """
+    from sklearn.metrics import f1_score  # here and below: its import takes a second of a program's start
+
     predicted, classes = probs.argmax(1), range(probs.shape[1])
     present = [c for c in classes if (gold == c).any()]
     return {
@@ -36,5 +37,7 @@ def describe(scores: dict, labels: list[str]) -> str:
 
 
 def _area(probs: np.ndarray, positive: np.ndarray) -> float:
+    from sklearn.metrics import auc, precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(positive, probs)
     return auc(recall, precision)
