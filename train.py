@@ -70,7 +70,9 @@ class Settings:
     clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
     skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
     negative_label: str = setting("no_relation", "the label that means none of the others")
-    limit: int = setting(0, "use this many rows of the training file, the same ones for every seed; 0: all", 0, math.inf)
+    limit: int = setting(
+        0, "use this many rows of the training file, the same ones for every seed; 0: all", 0, math.inf
+    )
     # input
     marker: str = setting("typed_entity_marker_punct", "how the entities are marked", *MARKERS)
     prompt: str = setting("s_and_o", "what is said beside the sentence", *PROMPTS)
