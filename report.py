@@ -19,7 +19,7 @@ import json
 import re
 import sys
 import unicodedata
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ import data
 import metrics
 from data import InputError, Row, Template, atomic_write
 
+CASES = 10  # rows that a section shows in the terminal; the page shows all
 COLOURS = ("#3566a8", "#d9822b")  # of the first and the second file
 
 
@@ -44,7 +45,7 @@ class Section(NamedTuple):
     note: str = ""
     table: list[dict] | None = None
     figure: Figure | None = None
-    cases: list[tuple[str, Row]] | None = None
+    cases: list[tuple[str, Row | None]] | None = None
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -78,10 +79,10 @@ def text_table(table: list[dict]) -> str:
     return "\n".join(out)
 
 
-def text_cases(cases: list[tuple[str, Row]]) -> str:
+def text_cases(cases: list[tuple[str, Row | None]]) -> str:
     """Rows for the terminal, the subject between [E1] and [/E1], the object between [E2] and [/E2]."""
     template = Template("entity_marker")
-    return "\n".join(f"{shown(line)}\n    {shown(template.render(row).text)}" for line, row in cases)
+    return "\n".join(shown(line) + (f"\n    {shown(template.render(row).text)}" if row else "") for line, row in cases)
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
@@ -282,7 +283,8 @@ def html_page(title: str, sections: list[Section], images: list[bytes | None]) -
             body += f'<div class="box"><img alt="{html.escape(section.title)}" src="{source}"></div>'
         body += "</div>\n"
         for line, row in section.cases or []:
-            body += f'<div class="case"><b>{html.escape(line)}</b><br>{html_sentence(row)}</div>\n'
+            sentence = f"<br>{html_sentence(row)}" if row else ""
+            body += f'<div class="case"><b>{html.escape(shown(line))}</b>{sentence}</div>\n'
         body += "</section>\n"
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
@@ -303,7 +305,9 @@ def write_report(title: str, sections: list[Section], out: Path):
         if section.table:
             print(text_table(section.table))
         if section.cases:
-            print(text_cases(section.cases))
+            print(text_cases(section.cases[:CASES]))
+        if len(section.cases or []) > CASES:
+            print(f"... and {len(section.cases) - CASES} more in the page")
         images.append(None)
         if section.figure:
             buffer = io.BytesIO()
@@ -404,3 +408,199 @@ def data_report():
 
 
 # --- python metrics.py -------------------------------------------------------------------------------------------
+
+
+def metrics_arguments() -> argparse.Namespace:
+    parser = data.Parser(description=metrics.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="valid.csv of a run or a submission; or two of the same rows")
+    parser.add_argument("--a", nargs="+", default=[], help="files of several seeds, or a pattern, to compare ...")
+    parser.add_argument("--b", nargs="+", default=[], help="... with these")
+    parser.add_argument("--gold", help="the file with the rows, their sentences and labels; a run's own is found")
+    parser.add_argument("--out", help="folder for figures and page (FILE without .csv; of a comparison runs/compare)")
+    arguments = parser.parse_args()
+    if not (len(arguments.files) in (1, 2) and not arguments.a + arguments.b) and not (
+        arguments.a and arguments.b and not arguments.files
+    ):
+        raise InputError("expected one file, or two to compare, or --a FILES --b FILES")
+    return arguments
+
+
+def matching(patterns: list[str], option: str) -> list[str]:
+    """The files that the patterns name."""
+    paths = [path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{option}: names a file twice")
+    return paths
+
+
+def summary_of(path: str) -> dict:
+    """The summary.json beside a run's valid.csv; empty where there is none."""
+    beside = Path(path).with_name("summary.json")
+    if not beside.exists():
+        return {}
+    try:
+        return json.loads(data.read_text(beside))
+    except ValueError as error:
+        raise InputError(f"{beside}: expected JSON: {error}") from error
+
+
+def rows_of(file: metrics.Predictions, gold: str | None, summary: dict) -> list[Row] | None:
+    """The rows that a file predicts, from the file --gold or from the one that its run was trained with, if that is
+    there."""
+    settings = summary.get("settings", {})
+    if gold is None:
+        try:
+            gold = data.data_file(settings["valid"] or settings["data"], "train")
+        except (KeyError, InputError):
+            return None
+    by_id = {row.id: row for row in data.read_rows(gold, [] if settings.get("skip_bad_rows") else None)}
+    for line, id in zip(file.lines, file.ids):
+        if id not in by_id:
+            raise InputError(f"{file.path}:{line}: id: found {id!r}, which {gold} has not; --gold names the rows' file")
+    return [by_id[id] for id in file.ids]
+
+
+class Loaded(NamedTuple):
+    """Files of the same N rows: their ids, names of the classes, gold classes (N,), the rows if they were found."""
+
+    files: list[metrics.Predictions]
+    ids: list[str]
+    labels: list[str]
+    gold: np.ndarray
+    rows: list[Row] | None
+
+
+def load(paths: list[str], gold: str | None) -> Loaded:
+    """Reads and checks files of predictions that belong together."""
+    files = [metrics.read_predictions(path) for path in paths]
+    metrics.check_alike(files)
+    summary = summary_of(paths[0])
+    names = metrics.class_names(files, summary.get("labels"))
+    rows = rows_of(files[0], gold, summary)
+    told = [row.label for row in rows] if rows and None not in {row.label for row in rows} else None
+    classes = [metrics.gold_classes(file, names, told) for file in files]
+    for file, found in zip(files, classes):
+        if (found != classes[0]).any():
+            raise InputError(f"{file.path}: other labels than {paths[0]} for the same rows")
+    n_labels = files[0].probs.shape[1]
+    return Loaded(files, files[0].ids, [names.get(c, f"class {c}") for c in range(n_labels)], classes[0], rows)
+
+
+def cases_of(found: Loaded, which, probs: list[np.ndarray]) -> list[tuple[str, Row | None]]:
+    """Rows to show: id, true label with its probabilities, what each of `probs` predicts."""
+    cases = []
+    for i in which:
+        text = f"{found.ids[i]}: true {found.labels[found.gold[i]]}"
+        for p in probs:
+            text += f", predicted {found.labels[p[i].argmax()]} {p[i].max():.2f} (true: {p[i][found.gold[i]]:.2f})"
+        cases.append((text, found.rows[i] if found.rows else None))
+    return cases
+
+
+def binned(values: list[int], edges: list[int]) -> tuple[list[str], np.ndarray]:
+    """The names of the bins that begin at `edges`, and in which of them each value is."""
+    names = [f"{low} to {high - 1}" for low, high in pairwise(edges)] + [f"{edges[-1]} or more"]
+    return names, np.digitize(values, edges) - 1
+
+
+def distance(row: Row) -> int:
+    """The characters between the entities, 0 where they touch or overlap."""
+    return max(row.subject.start - row.object.end, row.object.start - row.subject.end, 1) - 1
+
+
+def score_sections(found: Loaded) -> list[Section]:
+    """The parts of the report on one file of predictions."""
+    probs, gold, labels, rows = found.files[0].probs, found.gold, found.labels, found.rows
+    predicted = probs.argmax(1)
+    table = metrics.score_table(probs, gold)
+    note = f"Between from and to lie 95 % of {metrics.DRAWS:,} bootstrap draws. "
+    note += metrics.describe(metrics.score(probs, gold), labels)
+    sections = [Section("Scores", note, table, bar_figure(table, ["value"], "%"))]
+    of_labels = metrics.label_table(predicted, gold, labels)
+    note = "{label}: precision {precision:.2f}, recall {recall:.2f}.".format(**of_labels[0])
+    table = metrics.error_table(predicted, gold)
+    sections.append(Section(f"{labels[0]} and the errors", note, table, bar_figure(table, ["rows"], "rows")))
+    sections.append(Section("Labels", "", of_labels, bar_figure(of_labels, ["F1"], "F1, %")))
+    sections.append(Section("Most frequent confusions", "", metrics.confusion_table(predicted, gold, labels)))
+    sections.append(Section("Confusion matrix", "", figure=confusion_figure(predicted, gold, labels)))
+    sections.append(Section("Precision and recall", "", figure=curves_figure(probs, gold, labels)))
+    if rows:
+        groups = {}
+        for heading, value in (("source", lambda row: row.source or "(none)"), ("types", data.type_pair)):
+            groups[heading] = np.unique([value(row) for row in rows], return_inverse=True)
+        groups["characters of the sentence"] = binned([len(row.sentence) for row in rows], [0, 50, 75, 100, 150, 200])
+        groups["characters between the entities"] = binned(list(map(distance, rows)), [0, 5, 10, 20, 40, 80])
+        for heading, (names, group) in groups.items():
+            table = metrics.group_table(heading, list(map(str, names)), group, predicted, gold)
+            figure = bar_figure(table, ["micro F1"], "micro F1, %")
+            sections.append(Section(f"By {heading}", "", table, figure))
+    note = "Wrong predictions by the probability of the true label, the smallest first."
+    cases = cases_of(found, metrics.worst_mistakes(probs, gold, 50), [probs])
+    return [*sections, Section("Worst mistakes", note, cases=cases)]
+
+
+def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
+    """The parts of the report on two sides; the first n_a of the files are A."""
+    gold, all_probs = found.gold, [file.probs for file in found.files]
+    a, b = all_probs[:n_a], all_probs[n_a:]
+    runs = [
+        {"side": "A" if i < n_a else "B", "file": file.path}
+        | {text: metrics.score(file.probs, gold)[name] for name, text in metrics.SCORES.items()}
+        for i, file in enumerate(found.files)
+    ]
+    table, differences = metrics.compare(a, b, gold)
+    note = " ".join(metrics.verdict(line) + "." for line in table)
+    if len(a) == len(b) == 1:
+        note += " That is about these two models; whether another seed would say the same, several seeds a side tell."
+    sections = [Section("Files", "", runs)]
+    sections.append(Section("Is one better?", note, table, difference_figure(table, differences)))
+    right = np.array([probs.argmax(1) == gold for probs in all_probs])
+    all_a, all_b, no_a, no_b = right[:n_a].all(0), right[n_a:].all(0), ~right[:n_a].any(0), ~right[n_a:].any(0)
+    if len(a) == len(b) == 1:
+        test = metrics.mcnemar(a[0].argmax(1), b[0].argmax(1), gold)
+        luck = "hardly luck" if test["p"] < 0.05 else "it could be luck"
+        note = f"McNemar's exact test: by luck, a split as uneven would come with p = {test['p']:.4f}: {luck}."
+    else:
+        note = "Rows on which all runs of a side agree."
+    what = {"both right": all_a & all_b, "only A right": all_a & no_b, "only B right": no_a & all_b}
+    what["both wrong"] = no_a & no_b
+    counts = [{"rows": name, "count": int(which.sum())} for name, which in what.items()]
+    sections.append(Section("Right and wrong", note, counts, bar_figure(counts, ["count"], "rows")))
+    for name in ("only A right", "only B right"):
+        cases = cases_of(found, np.flatnonzero(what[name]), [a[0], b[0]])
+        sections.append(Section(name[0].upper() + name[1:], "Predicted by A, then by B.", cases=cases))
+    return sections
+
+
+@data.exit_on_bad_input
+def metrics_report():
+    """python metrics.py"""
+    arguments = metrics_arguments()
+    a, b = arguments.files[:1] or matching(arguments.a, "--a"), arguments.files[1:] or matching(arguments.b, "--b")
+    found = load([*a, *b], arguments.gold)
+    if b:
+        title, out = f"A: {', '.join(a)}; B: {', '.join(b)}", arguments.out or "runs/compare"
+        sections = comparison_sections(found, len(a))
+    else:
+        title, out = a[0], arguments.out or Path(a[0]).with_suffix("")
+        sections = score_sections(found)
+    write_report(f"{title}: {len(found.gold):,} rows", sections, Path(out))
+    if found.rows is None:
+        print("no sentences: --gold names the file with the rows")
+
+
+# --- TensorBoard -------------------------------------------------------------------------------------------------
+
+
+def log_evaluation(writer, step: int, probs: np.ndarray, gold: np.ndarray, labels: list[str], rows: list[Row]):
+    """What TensorBoard shows of an evaluation beside the scores: a precision-recall curve and the F1 of each label, the
+    confusion matrix, the worst mistakes."""
+    predicted = probs.argmax(1)
+    for c, line in enumerate(metrics.label_table(predicted, gold, labels)):
+        if line["rows"]:
+            writer.add_pr_curve(f"pr/{line['label']}", gold == c, probs[:, c], step)
+            writer.add_scalar(f"label_f1/{line['label']}", line["F1"], step)
+    writer.add_figure("confusion matrix", confusion_figure(predicted, gold, labels), step)
+    found = Loaded([], [row.id for row in rows], labels, gold, rows)
+    cases = cases_of(found, metrics.worst_mistakes(probs, gold), [probs])
+    writer.add_text("worst mistakes", "".join(f"    {line}\n" for line in text_cases(cases).splitlines()), step)

@@ -46,6 +46,7 @@ from model import (
     save_tensors,
     within_tokens,
 )
+from report import log_evaluation
 from tests.sample.tiny_encoder import make_tiny_encoder
 
 DATA_SEED = 42  # of --limit and the split: runs of several seeds are compared on the same rows
@@ -415,6 +416,8 @@ def train(settings: Settings, machine: Machine):
         probs = predict(model, valid_examples, machine, max_tokens)
         scores = score(probs, gold)
         say(f"step {progress.step}: {describe(scores, labels)}")
+        if is_first:
+            log_evaluation(writer, progress.step, probs, gold, labels, valid_rows)
         progress.without_gain += 1
         if progress.best is None or scores[settings.best_metric] > progress.best[settings.best_metric]:
             progress.best, progress.without_gain = scores | {"step": progress.step}, 0
@@ -509,7 +512,7 @@ def finish(folder: Path, settings: Settings, progress: Progress, labels: list[st
     scores = {f"best/{name}": progress.best[name] for name in ("micro_f1", "auprc", "accuracy")}
     writer.add_hparams(asdict(settings), scores, run_name=".")
     writer.close()
-    summary = {"run": folder.name, **asdict(progress), "settings": asdict(settings)}
+    summary = {"run": folder.name, **asdict(progress), "settings": asdict(settings), "labels": labels}
     with atomic_write(folder / "summary.json") as file:
         json.dump(summary, file, ensure_ascii=False, indent=1)
     print(
