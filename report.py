@@ -148,7 +148,9 @@ def bar_figure(table: list[dict], columns: list[str], x_label: str) -> Figure:
             whiskers = np.abs(values - np.array([(line["from"], line["to"]) for line in table]).T)
             axis.errorbar(values, place, xerr=whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
         else:
-            axis.bar_label(bars, [f"{v:,}" if isinstance(v, np.integer) else f"{v:.1f}" for v in values], 2, fontsize=7)
+            axis.bar_label(
+                bars, [f"{v:,}" if isinstance(v, np.integer) else f"{v:.1f}" for v in values], fontsize=7, padding=2
+            )
     axis.set_yticks(at, names)
     axis.set_ylim(len(table) - 0.4, -0.6)
     axis.margins(x=0.1)
