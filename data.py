@@ -333,7 +333,7 @@ SAME = {
 
 def type_pair(row: Row) -> str:
     """The types of subject and object."""
-    return f"{row.subject.type or '(none)'} → {row.object.type or '(none)'}"
+    return f"{row.subject.type or '(none)'}-{row.object.type or '(none)'}"
 
 
 def count_table(files: dict[str, list[Row]], heading: str, value) -> list[dict]:

@@ -349,11 +349,14 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 def token_lengths(rows: list[Row], template: Template, tokenizer) -> np.ndarray:
-    """The tokens that each row has as the encoder's input, if none is cut."""
-    from model import encode  # torch takes seconds to load: only when tokens are counted
-
-    examples, _ = encode(rows, template, tokenizer, [], sys.maxsize)
-    return np.array([len(example.ids) for example in examples])
+    """How many tokens `model.encode` makes of each row if it cuts none, in half its time."""
+    rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
+    before, text, after = ([r[i] for r in rendered] for i in range(3))
+    segments = [before, text] if any(before) else [text]
+    counts = np.array([len(ids) for ids in tokenizer(*segments, return_attention_mask=False)["input_ids"]])
+    if any(after):
+        counts += [len(ids) for ids in tokenizer(after, add_special_tokens=False)["input_ids"]]
+    return counts
 
 
 def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | None, limit: int) -> list[Section]:
@@ -397,7 +400,7 @@ def data_report():
     files = dict(zip(short_names(arguments.files), map(data.read_rows, arguments.files)))
     lengths = None
     if arguments.model:
-        from model import load_tokenizer
+        from model import load_tokenizer  # torch takes seconds to load: only when tokens are counted
 
         tokenizer = load_tokenizer(arguments.model)
         template = Template(arguments.marker, arguments.prompt, arguments.type_names)

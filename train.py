@@ -510,7 +510,8 @@ def train(settings: Settings, machine: Machine):
 def finish(folder: Path, settings: Settings, progress: Progress, labels: list[str], writer: SummaryWriter):
     """Writes summary.json and the settings for TensorBoard's HPARAMS, and says what there is and how to go on."""
     scores = {f"best/{name}": progress.best[name] for name in ("micro_f1", "auprc", "accuracy")}
-    writer.add_hparams(asdict(settings), scores, run_name=".")
+    compared = {name: value for name, value in asdict(settings).items() if name not in NOT_OPTIMISATION}
+    writer.add_hparams(compared, scores, run_name=".")
     writer.close()
     summary = {"run": folder.name, **asdict(progress), "settings": asdict(settings), "labels": labels}
     with atomic_write(folder / "summary.json") as file:

@@ -479,11 +479,11 @@ def test_tables_of_labels_types_and_shared_rows():
     assert table[0] == {"label": "no_relation", "a": 2, "a %": pytest.approx(200 / 3), "b": 1, "b %": 50}
     assert [line["label"] for line in table] == ["no_relation", "per:spouse"]
     assert cross_table(a) == [
-        {"label": "no_relation", "PER → ORG": 1},
-        {"label": "per:spouse", "PER → ORG": 1},
+        {"label": "no_relation", "PER-ORG": 1},
+        {"label": "per:spouse", "PER-ORG": 1},
     ]
     untyped = a[0]._replace(subject=a[0].subject._replace(type=None), label=None)
-    assert type_pair(untyped) == "(none) → ORG"
+    assert type_pair(untyped) == "(none)-ORG"
     assert cross_table([untyped])[0]["label"] == "(none)"
     shared = shared_table({"a": [*a, a[0]], "b": b})
     assert [tuple(line.values())[1:] for line in shared] == [(1, 2, 1), (0, 0, 0), (1, 2, 1), (0, 0, 0)]

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 import report
-from data import KLUE_LABELS, Entity, Row, read_rows, write_predictions
+from data import KLUE_LABELS, PROMPTS, Entity, Row, Template, read_rows, write_predictions
+from model import encode, load_tokenizer
 from tests.conftest import SAMPLE
 
 HOSTILE = '<script>document.title = "hit"</script> & <img src=nowhere onerror="hit()"> 비틀즈와 "링고"'
@@ -180,6 +181,13 @@ def test_entities_that_overlap_are_marked_in_the_page():
     assert report.html_sentence(row) == expected
     assert report.distance(row) == 0
     assert report.distance(row._replace(sentence="조지와 해리", subject=Entity("조지", 0, 1, None))) == 2
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_lengths_are_those_of_the_encoders_input(encoder_folder, rows, prompt):
+    tokenizer, template = load_tokenizer(encoder_folder), Template(prompt=prompt)
+    examples, _ = encode(rows[:50], template, tokenizer, KLUE_LABELS, 10_000)
+    assert report.token_lengths(rows[:50], template, tokenizer).tolist() == [len(e.ids) for e in examples]
 
 
 def test_bins():
