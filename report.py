@@ -35,6 +35,7 @@ import metrics
 from data import InputError, Row, Template, atomic_write
 
 CASES = 10  # rows that a section shows in the terminal; the page shows all
+BARS = 50  # lines of a table that a figure shows
 COLOURS = ("#3566a8", "#d9822b")  # of the first and the second file
 
 
@@ -136,7 +137,9 @@ def new_figure(width: float, height: float, **grid):
 
 
 def bar_figure(table: list[dict], columns: list[str], x_label: str) -> Figure:
-    """Bars for some columns of a table, one group a line, with whiskers where the table has "from" and "to"."""
+    """Bars for some columns of a table, one group a line, with whiskers where the table has "from" and "to"; of a long
+    table the first lines."""
+    table = table[:BARS]
     names = drawable([line[next(iter(line))] for line in table])
     figure, axis = new_figure(7.5, 0.9 + len(table) * (0.12 + 0.16 * len(columns)))
     at, thickness = np.arange(len(table)), 0.8 / len(columns)
