@@ -207,10 +207,10 @@ def bootstrap(probs: np.ndarray, gold: np.ndarray, draws: int = DRAWS) -> dict[s
     return {name: np.concatenate([part[name] for part in parts]) for name in SCORES}
 
 
-def centred(drawn: np.ndarray, value: float) -> np.ndarray:
-    """What was drawn, moved so that its mean is `value`, what was seen. The AUPRC of drawn samples runs high: repeated
-    rows rank together, and labels of which no row was drawn, rare and hard ones, are left out."""
-    return drawn - drawn.mean() + value
+def centred(name: str, drawn: np.ndarray, value: float) -> np.ndarray:
+    """What was drawn of a score; of the AUPRC moved so that the mean is `value`, what was seen. Drawn samples have it
+    too high: repeated rows rank together, and labels of which no row was drawn, rare and hard ones, are left out."""
+    return drawn - drawn.mean() + value if name == "auprc" else drawn
 
 
 def interval(drawn: np.ndarray) -> dict[str, float]:
@@ -227,7 +227,7 @@ def score_table(probs: np.ndarray, gold: np.ndarray) -> list[dict]:
     """The three scores with their 95 % intervals."""
     scores, drawn = score(probs, gold), bootstrap(probs, gold)
     return [
-        {"score": text, "value": scores[name], **interval(centred(drawn[name], scores[name]))}
+        {"score": text, "value": scores[name], **interval(centred(name, drawn[name], scores[name]))}
         for name, text in SCORES.items()
     ]
 
@@ -316,7 +316,7 @@ def compare(a: list[np.ndarray], b: list[np.ndarray], gold: np.ndarray, draws: i
                 line[f"{title} ± SD"] = np.std(scores, ddof=1)
             of_runs = np.concatenate([[part[name] for part in parts] for parts in side], 1)  # (runs, draws)
             means.append(np.take_along_axis(of_runs, which, 0).mean(0))
-        difference = differences[name] = centred(means[1] - means[0], line["B"] - line["A"])
+        difference = differences[name] = centred(name, means[1] - means[0], line["B"] - line["A"])
         beyond = min((difference <= 0).sum(), (difference >= 0).sum())
         line |= {"B - A": line["B"] - line["A"], **interval(difference)}
         table.append(line | {"p": min(1.0, 2 * (beyond + 1) / (draws + 1))})

@@ -125,10 +125,10 @@ def drawable(names: list[str]) -> list[str]:
     return out
 
 
-def new_figure(width: float, height: float, **grid):
+def new_figure(width: float, height: float, layout: str | None = "constrained", **grid):
     """A figure in inches and its axes, with what the figures have in common."""
     drawable_characters()
-    figure = Figure((width, height), dpi=100, layout="constrained")
+    figure = Figure((width, height), dpi=100, layout=layout)
     axes = figure.subplots(**grid)
     for axis in np.ravel(axes):
         axis.spines[["top", "right"]].set_visible(False)
@@ -194,7 +194,10 @@ def curves_figure(probs: np.ndarray, gold: np.ndarray, labels: list[str]) -> Fig
     counts = np.bincount(gold, minlength=len(labels))
     present = [c for c in np.argsort(-counts, kind="stable") if counts[c]]
     n_rows = -(-len(present) // 5)
-    figure, axes = new_figure(12, 0.5 + 1.9 * n_rows, nrows=n_rows, ncols=5, sharex=True, sharey=True, squeeze=False)
+    height = 0.8 + 2 * n_rows
+    figure, axes = new_figure(12, height, None, nrows=n_rows, ncols=5, sharex=True, sharey=True, squeeze=False)
+    # by hand: laying out as many plots takes seconds
+    figure.subplots_adjust(0.05, 0.5 / height, 0.99, 1 - 0.4 / height, wspace=0.08, hspace=0.35)
     names = drawable(labels)
     for axis, c in zip(axes.flat, present):
         precision, recall, _ = precision_recall_curve(gold == c, probs[:, c])
@@ -242,7 +245,8 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 1300px; font: 15px/1.5 system-ui, "Noto Sans KR", "NanumGothic",
   "Malgun Gothic", sans-serif; color: #222; background: #fff; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
-nav a { display: inline-block; margin-right: 1rem } a { color: #3566a8 } p { margin: .3rem 0; max-width: 75ch }
+nav a { display: inline-block; margin-right: 1rem } a { color: #3566a8 }
+p { margin: .3rem 0; max-width: 80ch; white-space: pre-line }
 .row { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start }
 .box { overflow-x: auto; max-width: 100% } img { display: block }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; overflow-wrap: normal }
@@ -304,7 +308,8 @@ def write_report(title: str, sections: list[Section], out: Path):
     images = []
     print(title)
     for section in sections:
-        print(f"\n## {section.title}")
+        if section.table or section.cases:
+            print(f"\n## {section.title}")
         if section.note:
             print(section.note)
         if section.table:
@@ -557,11 +562,12 @@ def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
         for i, file in enumerate(found.files)
     ]
     table, differences = metrics.compare(a, b, gold)
-    note = " ".join(metrics.verdict(line) + "." for line in table)
+    note = "\n".join(metrics.verdict(line) for line in table)
     if len(a) == len(b) == 1:
-        note += " That is about these two models; whether another seed would say the same, several seeds a side tell."
-    sections = [Section("Files", "", runs)]
-    sections.append(Section("Is one better?", note, table, difference_figure(table, differences)))
+        note += "\nThis is about these two models: whether other seeds would say the same, several seeds a side tell."
+    figure = difference_figure(table, differences)
+    table = [line | {"p": f"{line['p']:.4f}"} for line in table]
+    sections = [Section("Files", "", runs), Section("Is one better?", note, table, figure)]
     right = np.array([probs.argmax(1) == gold for probs in all_probs])
     all_a, all_b, no_a, no_b = right[:n_a].all(0), right[n_a:].all(0), ~right[:n_a].any(0), ~right[n_a:].any(0)
     if len(a) == len(b) == 1:
