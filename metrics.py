@@ -233,9 +233,10 @@ def score_table(probs: np.ndarray, gold: np.ndarray) -> list[dict]:
 
 
 def label_table(predicted: np.ndarray, gold: np.ndarray, labels: list[str]) -> list[dict]:
-    """Precision, recall and F1 in per cent, rows and predictions of each label, in the labels' order."""
+    """Precision, recall and F1 in per cent (NaN where there is nothing to divide by), rows and predictions of each
+    label, in the labels' order."""
     classes = range(len(labels))
-    each = precision_recall_fscore_support(gold, predicted, labels=classes, zero_division=0)
+    each = precision_recall_fscore_support(gold, predicted, labels=classes, zero_division=np.nan)
     found = np.bincount(predicted, minlength=len(labels))
     return [
         {"label": label, "precision": 100 * p, "recall": 100 * r, "F1": 100 * f1, "rows": int(n), "predicted": int(m)}
@@ -278,14 +279,17 @@ def worst_mistakes(probs: np.ndarray, gold: np.ndarray, n: int = 20) -> list[int
 
 
 def group_table(heading: str, names: list[str], group: np.ndarray, predicted: np.ndarray, gold: np.ndarray):
-    """Micro F1 with its 95 % interval and accuracy of each group of rows; `group` (rows,) numbers the names."""
+    """Micro F1 with its 95 % interval and accuracy of each group of rows; `group` (rows,) numbers the names. F1 is NaN
+    where there is no relation, true or predicted."""
     table = []
     for i in np.unique(group):
         p, g = predicted[group == i], gold[group == i]
-        value = float(weighted_f1(p, g, np.ones((len(g), 1)))[0])
-        drawn = np.concatenate([weighted_f1(p, g, weights) for weights in bootstrap_weights(len(g))])
-        line = {heading: names[i], "rows": len(g), "relations": int((g != 0).sum()), "micro F1": value}
-        table.append(line | interval(drawn) | {"accuracy": 100 * float((p == g).mean())})
+        line = {heading: names[i], "rows": len(g), "relations": int((g != 0).sum())}
+        line |= dict.fromkeys(("micro F1", "from", "to"), math.nan)
+        if (p != 0).any() or (g != 0).any():
+            drawn = np.concatenate([weighted_f1(p, g, weights) for weights in bootstrap_weights(len(g))])
+            line |= {"micro F1": float(weighted_f1(p, g, np.ones((len(g), 1)))[0]), **interval(drawn)}
+        table.append(line | {"accuracy": 100 * float((p == g).mean())})
     return table
 
 

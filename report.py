@@ -55,7 +55,7 @@ class Section(NamedTuple):
 def shown(value) -> str:
     """A cell as text of one line: numbers with few digits, nothing that a terminal would take for a command."""
     if isinstance(value, (float, np.floating)):
-        return f"{value:.2f}"
+        return "–" if np.isnan(value) else f"{value:.2f}"
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     return "".join(c if c.isprintable() else " " for c in str(value))
@@ -151,9 +151,7 @@ def bar_figure(table: list[dict], columns: list[str], x_label: str) -> Figure:
             whiskers = np.abs(values - np.array([(line["from"], line["to"]) for line in table]).T)
             axis.errorbar(values, place, xerr=whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
         else:
-            axis.bar_label(
-                bars, [f"{v:,}" if isinstance(v, np.integer) else f"{v:.1f}" for v in values], fontsize=7, padding=2
-            )
+            axis.bar_label(bars, list(map(shown, values)), fontsize=7, padding=2)
     axis.set_yticks(at, names)
     axis.set_ylim(len(table) - 0.4, -0.6)
     axis.margins(x=0.1)
@@ -208,7 +206,7 @@ def curves_figure(probs: np.ndarray, gold: np.ndarray, labels: list[str]) -> Fig
     for axis in axes.flat[len(present) :]:
         axis.set_visible(False)
     figure.supxlabel("recall", fontsize=9)
-    figure.supylabel("precision", fontsize=9)
+    figure.supylabel("precision", fontsize=9, x=0.003)
     return figure
 
 
@@ -530,7 +528,8 @@ def score_sections(found: Loaded) -> list[Section]:
     note += metrics.describe(metrics.score(probs, gold), labels)
     sections = [Section("Scores", note, table, bar_figure(table, ["value"], "%"))]
     of_labels = metrics.label_table(predicted, gold, labels)
-    note = "{label}: precision {precision:.2f}, recall {recall:.2f}.".format(**of_labels[0])
+    precision, recall = (shown(of_labels[0][name]) for name in ("precision", "recall"))
+    note = f"{labels[0]}: precision {precision}, recall {recall}."
     table = metrics.error_table(predicted, gold)
     sections.append(Section(f"{labels[0]} and the errors", note, table, bar_figure(table, ["rows"], "rows")))
     sections.append(Section("Labels", "", of_labels, bar_figure(of_labels, ["F1"], "F1, %")))
