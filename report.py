@@ -354,19 +354,25 @@ def short_names(paths: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else paths
 
 
-def token_lengths(rows: list[Row], template: Template, tokenizer) -> np.ndarray:
+def token_lengths(files: dict[str, list[Row]], template: Template, model: str) -> dict[str, np.ndarray]:
     """How many tokens `model.encode` makes of each row if it cuts none, in half its time."""
-    rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
-    before, text, after = ([r[i] for r in rendered] for i in range(3))
-    segments = [before, text] if any(before) else [text]
-    counts = np.array([len(ids) for ids in tokenizer(*segments, return_attention_mask=False)["input_ids"]])
-    if any(after):
-        counts += [len(ids) for ids in tokenizer(after, add_special_tokens=False)["input_ids"]]
-    return counts
+    from model import add_markers, load_tokenizer  # torch takes seconds to load: only when tokens are counted
+
+    tokenizer, lengths = load_tokenizer(model), {}
+    for name, rows in files.items():
+        add_markers(tokenizer, template, rows)
+        rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
+        before, text, after = ([r[i] for r in rendered] for i in range(3))
+        segments = [before, text] if any(before) else [text]
+        counts = np.array([len(ids) for ids in tokenizer(*segments, return_attention_mask=False)["input_ids"]])
+        if any(after):
+            counts += [len(ids) for ids in tokenizer(after, add_special_tokens=False)["input_ids"]]
+        lengths[name] = counts
+    return lengths
 
 
-def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | None, limit: int) -> list[Section]:
-    """The parts of the report on one or two files; `lengths` in tokens, if they were counted."""
+def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | None, how: str, limit: int):
+    """The parts of the report on one or two files; `lengths` in tokens if they were counted, and of what."""
     names, sections = list(files), []
     shares = [f"{name} %" for name in names]
     values = {
@@ -395,7 +401,7 @@ def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | 
         sections.append(Section("Shared by both files", "", table, figure))
     if lengths:
         table = data.length_table(lengths, limit)
-        sections.append(Section("Lengths in tokens", "", table, length_figure(lengths, limit)))
+        sections.append(Section("Lengths in tokens", how, table, length_figure(lengths, limit)))
     return sections
 
 
@@ -404,14 +410,11 @@ def data_report():
     """python data.py"""
     arguments = data_arguments()
     files = dict(zip(short_names(arguments.files), map(data.read_rows, arguments.files)))
-    lengths = None
+    lengths, how = None, f"{arguments.model}, --marker {arguments.marker}, --prompt {arguments.prompt}"
     if arguments.model:
-        from model import load_tokenizer  # torch takes seconds to load: only when tokens are counted
-
-        tokenizer = load_tokenizer(arguments.model)
         template = Template(arguments.marker, arguments.prompt, arguments.type_names)
-        lengths = {name: token_lengths(rows, template, tokenizer) for name, rows in files.items()}
-    sections = data_sections(files, lengths, arguments.max_length)
+        lengths = token_lengths(files, template, arguments.model)
+    sections = data_sections(files, lengths, how, arguments.max_length)
     title = ", ".join(f"{name}: {len(rows):,} rows" for name, rows in files.items())
     write_report(title, sections, Path(arguments.out))
     if not lengths:

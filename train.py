@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import AddedToken
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from model import (
     PROGRESS_FORMAT,
     DamagedFile,
     RelationModel,
+    add_markers,
     collate,
     encode,
     load_checkpoint,
@@ -381,8 +381,7 @@ def train(settings: Settings, machine: Machine):
     # rows to token ids
     tokenizer = load_tokenizer(settings.model)
     known = len(tokenizer)
-    types = {entity.type for row in train_rows for entity in (row.subject, row.object) if entity.type}
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
+    add_markers(tokenizer, template, train_rows)
     examples, n_cut = encode(train_rows, template, tokenizer, labels, settings.max_length)
     valid_examples, n_valid_cut = encode(valid_rows, template, tokenizer, labels, settings.max_length)
     lengths = np.array([len(e.ids) for e in examples])

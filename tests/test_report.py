@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 import report
 from data import KLUE_LABELS, PROMPTS, Entity, Row, Template, read_rows, write_predictions
 from metrics import SCORES, score
-from model import encode, load_tokenizer
+from model import add_markers, encode, load_tokenizer
 from tests.conftest import SAMPLE
 
 HOSTILE = '<script>document.title = "hit"</script> & <img src=nowhere onerror="hit()"> 비틀즈와 "링고"'
@@ -202,10 +202,13 @@ def test_entities_that_overlap_are_marked_in_the_page():
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_lengths_are_those_of_the_encoders_input(encoder_folder, rows, prompt):
-    tokenizer, template = load_tokenizer(encoder_folder), Template(prompt=prompt)
+@pytest.mark.parametrize("marker", ["typed_entity_marker_punct", "entity_mask"])
+def test_lengths_are_those_of_the_encoders_input(encoder_folder, rows, marker, prompt):
+    tokenizer, template = load_tokenizer(encoder_folder), Template(marker, prompt)
+    add_markers(tokenizer, template, rows[:50])
     examples, _ = encode(rows[:50], template, tokenizer, KLUE_LABELS, 10_000)
-    assert report.token_lengths(rows[:50], template, tokenizer).tolist() == [len(e.ids) for e in examples]
+    lengths = report.token_lengths({"sample": rows[:50]}, template, encoder_folder)
+    assert lengths["sample"].tolist() == [len(e.ids) for e in examples]
 
 
 def test_bins():
