@@ -141,7 +141,7 @@ def bar_figure(table: list[dict], columns: list[str], x_label: str) -> Figure:
     table the first lines."""
     table = table[:BARS]
     names = drawable([line[next(iter(line))] for line in table])
-    figure, axis = new_figure(7.5, 0.9 + len(table) * (0.12 + 0.16 * len(columns)))
+    figure, axis = new_figure(6.6, 0.9 + len(table) * (0.12 + 0.14 * len(columns)))
     at, thickness = np.arange(len(table)), 0.8 / len(columns)
     for i, (column, title) in enumerate(zip(columns, drawable(columns))):
         values = np.array([line[column] for line in table])
@@ -212,7 +212,7 @@ def curves_figure(probs: np.ndarray, gold: np.ndarray, labels: list[str]) -> Fig
 
 def length_figure(lengths: dict[str, np.ndarray], limit: int) -> Figure:
     """The files' lengths as histograms, and the limit."""
-    figure, axis = new_figure(7.5, 3.2)
+    figure, axis = new_figure(6.6, 3.2)
     edges = np.linspace(0, max(limit, *(n.max() for n in lengths.values())) + 1, 60)
     for colour, title, n in zip(COLOURS, drawable(list(lengths)), lengths.values()):
         axis.hist(n, edges, weights=np.full(len(n), 100 / len(n)), alpha=0.5, color=colour, label=title)
@@ -240,7 +240,7 @@ def difference_figure(table: list[dict], differences: dict[str, np.ndarray]) -> 
 # --- the page ----------------------------------------------------------------------------------------------------
 
 STYLE = """
-body { margin: 0 auto; padding: 1rem; max-width: 1300px; font: 15px/1.5 system-ui, "Noto Sans KR", "NanumGothic",
+body { margin: 0 auto; padding: 1rem; max-width: 1360px; font: 15px/1.5 system-ui, "Noto Sans KR", "NanumGothic",
   "Malgun Gothic", sans-serif; color: #222; background: #fff; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
 nav a { display: inline-block; margin-right: 1rem } a { color: #3566a8 }
@@ -374,18 +374,20 @@ def token_lengths(files: dict[str, list[Row]], template: Template, model: str) -
 def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | None, how: str, limit: int):
     """The parts of the report on one or two files; `lengths` in tokens if they were counted, and of what."""
     names, sections = list(files), []
-    shares = [f"{name} %" for name in names]
-    values = {
-        "label": lambda row: row.label,
-        "source": lambda row: row.source,
-        "type of the subject": lambda row: row.subject.type,
-        "type of the object": lambda row: row.object.type,
-        "types of subject and object": data.type_pair,
+    labelled = {name: rows for name, rows in files.items() if any(row.label for row in rows)}
+    columns = {
+        "label": (labelled, lambda row: row.label),
+        "source": (files, lambda row: row.source),
+        "type of the subject": (files, lambda row: row.subject.type),
+        "type of the object": (files, lambda row: row.object.type),
+        "types of subject and object": (files, data.type_pair),
     }
-    for heading, value in values.items():
-        table = data.count_table(files, heading, value)
-        sections.append(Section(f"By {heading}", "", table, bar_figure(table, shares, "% of the rows")))
-    for name, rows in files.items():
+    for heading, (of_files, value) in columns.items():
+        if of_files:
+            table = data.count_table(of_files, heading, value)
+            figure = bar_figure(table, [f"{name} %" for name in of_files], "% of the rows")
+            sections.append(Section(f"By {heading}", "", table, figure))
+    for name, rows in labelled.items():
         table = data.cross_table(rows)
         pairs = list(table[0])[1:]
         matrix = np.array([[line[pair] for pair in pairs] for line in table])
@@ -527,8 +529,9 @@ def score_sections(found: Loaded) -> list[Section]:
     probs, gold, labels, rows = found.files[0].probs, found.gold, found.labels, found.rows
     predicted = probs.argmax(1)
     table = metrics.score_table(probs, gold)
-    note = f"Between from and to lie 95 % of {metrics.DRAWS:,} bootstrap draws. "
-    note += metrics.describe(metrics.score(probs, gold), labels)
+    note = f"From and to: the middle 95 % of {metrics.DRAWS:,} bootstrap draws."
+    if absent := [label for c, label in enumerate(labels) if c not in gold]:
+        note += f" The AUPRC leaves out what no row has: {', '.join(absent)}."
     sections = [Section("Scores", note, table, bar_figure(table, ["value"], "%"))]
     of_labels = metrics.label_table(predicted, gold, labels)
     precision, recall = (shown(of_labels[0][name]) for name in ("precision", "recall"))
