@@ -292,11 +292,10 @@ def html_page(title: str, sections: list[Section], images: list[bytes | None]) -
             sentence = f"<br>{html_sentence(row)}" if row else ""
             body += f'<div class="case"><b>{html.escape(shown(line))}</b>{sentence}</div>\n'
         body += "</section>\n"
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    )
-    head += f"<style>{STYLE}</style>"
-    text = f"<h1>{html.escape(title)}</h1>\n<nav>{links}</nav>\n{body}"
+    title = html.escape(title)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{title}</title><style>{STYLE}</style>"
+    text = f"<h1>{title}</h1>\n<nav>{links}</nav>\n{body}"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{text}</body></html>\n'
 
 
@@ -320,9 +319,8 @@ def write_report(title: str, sections: list[Section], out: Path):
             buffer = io.BytesIO()
             section.figure.savefig(buffer, format="png")
             images[-1] = buffer.getvalue()
-            with atomic_write(
-                out / f"{re.sub(r'[^a-z0-9]+', '-', section.title.lower()).strip('-')}.png", "wb"
-            ) as file:
+            name = re.sub(r"\W+", "-", section.title.lower())
+            with atomic_write(out / f"{name}.png", "wb") as file:
                 file.write(images[-1])
     with atomic_write(out / "index.html") as file:
         file.write(html_page(title, sections, images))
@@ -433,9 +431,9 @@ def metrics_arguments() -> argparse.Namespace:
     parser.add_argument("--gold", help="the file with the rows, their sentences and labels; a run's own is found")
     parser.add_argument("--out", help="folder for figures and page (FILE without .csv; of a comparison runs/compare)")
     arguments = parser.parse_args()
-    if not (len(arguments.files) in (1, 2) and not arguments.a + arguments.b) and not (
-        arguments.a and arguments.b and not arguments.files
-    ):
+    of_files = len(arguments.files) in (1, 2) and not (arguments.a or arguments.b)
+    of_sides = arguments.a and arguments.b and not arguments.files
+    if not (of_files or of_sides):
         raise InputError("expected one file, or two to compare, or --a FILES --b FILES")
     return arguments
 
