@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from sklearn.metrics import precision_recall_curve
+from sklearn.metrics import auc, precision_recall_curve
 
 import data
 import metrics
@@ -198,7 +198,7 @@ def curves_figure(probs: np.ndarray, gold: np.ndarray, labels: list[str]) -> Fig
     names = drawable(labels)
     for axis, c in zip(axes.flat, present):
         precision, recall, _ = precision_recall_curve(gold == c, probs[:, c])
-        area = 100 * metrics.auc(recall, precision)
+        area = 100 * auc(recall, precision)
         axis.fill_between(recall, precision, color=COLOURS[0], alpha=0.2)
         axis.plot(recall, precision, color=COLOURS[0], linewidth=1.2)
         axis.set_title(f"{names[c]}\narea {area:.1f}, {counts[c]} rows", fontsize=8)

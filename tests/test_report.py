@@ -75,7 +75,7 @@ def write_run(folder, rows, seed, sharpness=4.0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, rows):
-    """Reports on 150 rows of the sample, one of them hostile, and on runs on them; in what.txt what they printed."""
+    """A data file of 150 rows, one of them hostile, and four runs on them; the tests leave their reports there."""
     folder = tmp_path_factory.mktemp("report")
     subject, object = (Entity(word, HOSTILE.index(word), HOSTILE.index(word) + 2 - i, "<b>")
                        for i, word in enumerate(("비틀즈", "링고")))  # fmt: skip
