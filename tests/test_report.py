@@ -1,5 +1,6 @@
 """The reports on data and predictions: what they print and write, and their pages in a real browser."""
 
+import contextlib
 import csv
 import html
 import io
@@ -87,11 +88,27 @@ def folder(tmp_path_factory, rows):
     return folder
 
 
-def test_a_report_on_two_files(folder, encoder_folder, rows, capsys):
-    files = (folder / "train.csv", SAMPLE / "test_data.csv")
-    program(report.data_report, *files, "--model", encoder_folder, "--max-length", 40, "--out", folder / "eda")
-    text = capsys.readouterr().out
-    n_no_relation = sum(row.label == "no_relation" for row in read_rows(files[0]))
+@pytest.fixture(scope="module")
+def printed(folder, encoder_folder):
+    """The three reports, written into the folder: what each printed, by the place of its page."""
+    files, runs = (folder / "train.csv", SAMPLE / "test_data.csv"), (folder / "a-1/valid.csv", folder / "b-1/valid.csv")
+    more = ("--model", encoder_folder, "--max-length", 40, "--out", folder / "eda")
+    commands = {
+        "eda": (report.data_report, *files, *more),
+        "a-1/valid": (report.metrics_report, runs[0]),
+        "compare": (report.metrics_report, *runs, "--out", folder / "compare"),
+    }
+    texts = {}
+    for place, command in commands.items():
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            program(*command)
+        texts[place] = out.getvalue()
+    return texts
+
+
+def test_a_report_on_two_files(folder, printed):
+    text = printed["eda"]
+    n_no_relation = sum(row.label == "no_relation" for row in read_rows(folder / "train.csv"))
     assert re.search(rf"^no_relation +{n_no_relation} +{100 * n_no_relation / 150:.2f} ", text, re.MULTILINE)
     assert re.search(r"^over 40 +\d+ +\d+$", text, re.MULTILINE)
     figures = {path.name for path in (folder / "eda").glob("*.png")}
@@ -103,11 +120,9 @@ def test_a_report_on_two_files(folder, encoder_folder, rows, capsys):
     assert not re.search(r"""(src|href)=["']?(http|//|\w+\.)""", page)  # nothing is fetched
 
 
-def test_a_report_on_a_run(folder, capsys):
-    program(report.metrics_report, folder / "a-1/valid.csv")
-    text = capsys.readouterr().out
+def test_a_report_on_a_run(folder, printed):
     for part in ("no_relation: precision", "By source", "By characters between the entities", "[E1] 비틀즈 [/E1]"):
-        assert part in text, part
+        assert part in printed["a-1/valid"], part
     assert {path.name for path in (folder / "a-1/valid").iterdir()} >= {
         "index.html", "confusion-matrix.png", "precision-and-recall.png"
     }  # fmt: skip
@@ -139,10 +154,8 @@ def test_rows_are_found_through_the_summary_if_they_are_there(folder, tmp_path):
     assert report.load([str(tmp_path / "x/valid.csv")], None).rows is None
 
 
-def test_two_sides_are_compared(folder, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder)
-    program(report.metrics_report, "a-1/valid.csv", "b-1/valid.csv", "--out", "compare")
-    text = capsys.readouterr().out
+def test_two_sides_are_compared(folder, printed, capsys, tmp_path, monkeypatch):
+    text = printed["compare"]
     assert "micro F1: B is ahead by" in text
     assert "McNemar's exact test" in text
     right = {}
@@ -154,6 +167,7 @@ def test_two_sides_are_compared(folder, capsys, tmp_path, monkeypatch):
     assert (folder / "compare/index.html").read_text().count('class="case"') == sum(
         a != b for a, b in zip(right["a-1"], right["b-1"])
     )
+    monkeypatch.chdir(folder)
     program(report.metrics_report, "--a", "a-*/valid.csv", "--b", "b-1/valid.csv", "b-2/valid.csv", "--out", tmp_path)
     text = capsys.readouterr().out
     assert "A ± SD" in text
@@ -254,9 +268,9 @@ def test_tensorboard_shows_an_evaluation(folder, tmp_path):
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium")
-def test_pages_in_a_browser(folder, tmp_path):
+def test_pages_in_a_browser(folder, printed, tmp_path):
     """No errors, all figures shown, no page wider than the window, and text from the data is text."""
-    pages = [(folder / name / "index.html").read_text() for name in ("eda", "a-1/valid", "compare")]
+    pages = [(folder / place / "index.html").read_text() for place in printed]
     harness = tmp_path / "harness.html"
     as_script = json.dumps(pages).replace("<", "\\u003c")
     harness.write_text(HARNESS.replace("const results", f"const PAGES = {as_script}, results"))
