@@ -7,6 +7,11 @@ A row says which relation holds between a subject and an object in a sentence. I
     train, valid = split(rows, KLUE_LABELS, 0.1, 0.6, seed=42)
     Template("typed_entity_marker_punct", "s_and_o").render(train[0])
 
+What is in a file, or in two side by side, as tables, figures and a page (report.py does the work):
+
+    python data.py data/train.csv
+    python data.py data/train.csv data/test_data.csv --model klue/roberta-large --max-length 128 --out runs/eda
+
 Formats: the CSV of the Boostcamp competition, KLUE's JSON, JSON lines; UTF-8 with or without BOM.
 """
 
@@ -211,7 +216,8 @@ def _check(record: dict, where: str) -> Row:
 
 # an entity as the competition's file spells nearly all; ast.literal_eval reads the rest, at ten times the cost
 USUAL_ENTITY = re.compile(
-    r"\{'word': '([^'\\\n\r\0]*)', 'start_idx': (0|[1-9][0-9]{0,8}), 'end_idx': (0|[1-9][0-9]{0,8}), 'type': '([A-Z]+)'\}"
+    r"\{'word': '([^'\\\n\r\0]*)', 'start_idx': (0|[1-9][0-9]{0,8}), 'end_idx': (0|[1-9][0-9]{0,8}), "
+    r"'type': '([A-Z]+)'\}"
 )
 
 
@@ -320,6 +326,73 @@ def split(rows: list[Row], labels: list[str], share: float, negative_share: floa
     if not valid or len(valid) == len(sentences):
         raise InputError(f"{len(rows)} rows are too few to split; name a validation file with --valid")
     return [r for r in rows if r.sentence not in valid], [r for r in rows if r.sentence in valid]
+
+
+# --- what is in a file -------------------------------------------------------------------------------------------
+# A table is a list of lines, each a dict from the heading of a column to a value. `files`: {name: its rows}.
+
+# what rows may have in common; entities are compared by word, offsets and type
+SAME = {
+    "sentence": lambda row: row.sentence,
+    "sentence + object": lambda row: (row.sentence, row.object),
+    "sentence + subject": lambda row: (row.sentence, row.subject),
+    "sentence + both": lambda row: (row.sentence, row.subject, row.object),
+    "sentence + both + label": lambda row: (row.sentence, row.subject, row.object, row.label),
+}
+
+
+def type_pair(row: Row) -> str:
+    """The types of subject and object."""
+    return f"{row.subject.type or '(none)'}-{row.object.type or '(none)'}"
+
+
+def count_table(files: dict[str, list[Row]], heading: str, value) -> list[dict]:
+    """How many rows have which `value(row)`, and their share of the file in per cent, the most frequent first."""
+    counts = {name: Counter(value(row) or "(none)" for row in rows) for name, rows in files.items()}
+    values = sorted(set().union(*counts.values()), key=lambda v: ([-c[v] for c in counts.values()], v))
+    table = []
+    for v in values:
+        line = {heading: v}
+        for name, count in counts.items():
+            line |= {name: count[v], f"{name} %": 100 * count[v] / len(files[name])}
+        table.append(line)
+    return table
+
+
+def cross_table(rows: list[Row]) -> list[dict]:
+    """How many rows of each label have which types of subject and object, the most frequent first."""
+    labels, pairs = Counter(row.label or "(none)" for row in rows), Counter(map(type_pair, rows))
+    count = Counter((row.label or "(none)", type_pair(row)) for row in rows)
+    return [
+        {"label": label, **{pair: count[label, pair] for pair, _ in pairs.most_common()}}
+        for label, _ in labels.most_common()
+    ]
+
+
+def repeat_table(files: dict[str, list[Row]]) -> list[dict]:
+    """How many rows repeat an earlier row's sentence, sentence and object, ... (of n alike, n - 1 are counted)."""
+    return [
+        {"the same": what, **{name: len(rows) - len(set(map(key, rows))) for name, rows in files.items()}}
+        for what, key in SAME.items()
+    ]
+
+
+def shared_table(files: dict[str, list[Row]]) -> list[dict]:
+    """How many different sentences, sentences with object, ... are in both of two files, and in how many rows."""
+    table = []
+    for what, key in SAME.items():
+        if "label" not in what:
+            shared = set.intersection(*({key(row) for row in rows} for rows in files.values()))
+            rows_with = {f"rows of {name}": sum(key(r) in shared for r in rows) for name, rows in files.items()}
+            table.append({"in both files": what, "different": len(shared), **rows_with})
+    return table
+
+
+def length_table(lengths: dict[str, np.ndarray], limit: int) -> list[dict]:
+    """Mean, quantiles and maximum of each file's lengths, and how many are over `limit`."""
+    measures = {"mean": np.mean} | {f"{q} %": functools.partial(np.percentile, q=q) for q in (50, 90, 95, 99)}
+    measures |= {"max": np.max, f"over {limit}": lambda n: int((n > limit).sum())}
+    return [{"tokens": what, **{name: f(n) for name, n in lengths.items()}} for what, f in measures.items()]
 
 
 # --- templates ---------------------------------------------------------------------------------------------------
@@ -438,3 +511,10 @@ def write_predictions(path: str | Path, ids: list[str], predicted: list[str], pr
         writer.writerow(["id", *(["label"] if gold else []), "pred_label", "probs"])
         for i, (id, label, p) in enumerate(zip(ids, predicted, probs, strict=True)):
             writer.writerow([id, *([gold[i]] if gold else []), label, json.dumps(p.tolist())])
+
+
+if __name__ == "__main__":
+    # in there this module is imported a second time, under its own name: only its InputError is the one that all share
+    from report import data_report
+
+    data_report()

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import AddedToken
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from model import (
     PROGRESS_FORMAT,
     DamagedFile,
     RelationModel,
+    add_markers,
     collate,
     encode,
     load_checkpoint,
@@ -380,8 +380,7 @@ def train(settings: Settings, machine: Machine):
     # rows to token ids
     tokenizer = load_tokenizer(settings.model)
     known = len(tokenizer)
-    types = {entity.type for row in train_rows for entity in (row.subject, row.object) if entity.type}
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
+    add_markers(tokenizer, template, train_rows)
     examples, n_cut = encode(train_rows, template, tokenizer, labels, settings.max_length)
     valid_examples, n_valid_cut = encode(valid_rows, template, tokenizer, labels, settings.max_length)
     lengths = np.array([len(e.ids) for e in examples])
@@ -415,6 +414,10 @@ def train(settings: Settings, machine: Machine):
         probs = predict(model, valid_examples, machine, max_tokens)
         scores = score(probs, gold)
         say(f"step {progress.step}: {describe(scores, labels)}")
+        if is_first:
+            from report import log_evaluation  # what draws takes a second to import, which the start need not wait for
+
+            log_evaluation(writer, progress.step, probs, gold, labels, valid_rows)
         progress.without_gain += 1
         if progress.best is None or scores[settings.best_metric] > progress.best[settings.best_metric]:
             progress.best, progress.without_gain = scores | {"step": progress.step}, 0
@@ -507,9 +510,10 @@ def train(settings: Settings, machine: Machine):
 def finish(folder: Path, settings: Settings, progress: Progress, labels: list[str], writer: SummaryWriter):
     """Writes summary.json and the settings for TensorBoard's HPARAMS, and says what there is and how to go on."""
     scores = {f"best/{name}": progress.best[name] for name in ("micro_f1", "auprc", "accuracy")}
-    writer.add_hparams(asdict(settings), scores, run_name=".")
+    compared = {name: value for name, value in asdict(settings).items() if name not in NOT_OPTIMISATION}
+    writer.add_hparams(compared, scores, run_name=".")
     writer.close()
-    summary = {"run": folder.name, **asdict(progress), "settings": asdict(settings)}
+    summary = {"run": folder.name, **asdict(progress), "settings": asdict(settings), "labels": labels}
     with atomic_write(folder / "summary.json") as file:
         json.dump(summary, file, ensure_ascii=False, indent=1)
     print(

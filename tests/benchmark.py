@@ -246,9 +246,13 @@ def compare(arguments):
     print(f"bf16 product {spread(rate / 1e9, '.0f')} GFLOP/s, {arguments.rounds} rounds: median (least to most)\n")
     print("| | sentences/s | tokens/s | share of the product rate | peak memory | ours is faster by |")
     print("|---|---|---|---|---|---|")
-    titles = {("ours", "train"): "training, this project", ("best", "train"): "training, `Trainer` at its best",
-              ("padded", "train"): "training, `Trainer`, padded to the longest, fp32",
-              ("ours", "predict"): "prediction, this project", ("best", "predict"): "prediction, `Trainer` at its best"}  # fmt: skip
+    titles = {
+        ("ours", "train"): "training, this project",
+        ("best", "train"): "training, `Trainer` at its best",
+        ("padded", "train"): "training, `Trainer`, padded to the longest, fp32",
+        ("ours", "predict"): "prediction, this project",
+        ("best", "predict"): "prediction, `Trainer` at its best",
+    }
     done = np.array([r["flops"] for r in results["ours"]])
     for (name, what), title in titles.items():
         speed = rates[name, what]

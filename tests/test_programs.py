@@ -3,13 +3,17 @@
 import csv
 import json
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from data import KLUE_LABELS, write_predictions
-from ensemble import read_submission
+from metrics import read_predictions
 from tests.conftest import SAMPLE
+from train import NOT_OPTIMISATION, Settings
 
 
 def read(path):
@@ -28,7 +32,14 @@ def test_demo_then_infer_then_ensemble(run, tmp_path):
     assert json.loads((tmp_path / "runs/demo/summary.json").read_text())["best"]["micro_f1"] == pytest.approx(
         f1, abs=0.01
     )
-    assert list((tmp_path / "runs/demo").glob("events.out.tfevents*"))
+    events = EventAccumulator(str(tmp_path / "runs/demo"), {"images": 0}).Reload()  # 0: all
+    assert {"train/loss", "valid/micro_f1", "label_f1/per:title"} <= set(events.Tags()["scalars"])
+    assert {"pr/per:title", "worst mistakes/text_summary"} <= set(events.Tags()["tensors"])
+    assert events.Tags()["images"] == ["confusion matrix"]
+    assert len(events.Images("confusion matrix")) == 8  # evaluations
+    hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    columns = HParamsPluginData.FromString(hparams).session_start_info.hparams
+    assert set(columns) == {field.name for field in fields(Settings)} - set(NOT_OPTIMISATION)
 
     done = run(*commands[0].split())
     assert re.search(r"micro F1 \d", done.stdout)
@@ -43,7 +54,7 @@ def test_demo_then_infer_then_ensemble(run, tmp_path):
     # two processes write the same file
     run("infer.py", "runs/demo/ckpt.pt", "--out", "two/demo.csv", "--amp", "off", processes=2)
     run("infer.py", "runs/demo/ckpt.pt", "--out", "one/demo.csv", "--amp", "off", "--max-tokens", "100")
-    one, two = read_submission(str(tmp_path / "one/demo.csv")), read_submission(str(tmp_path / "two/demo.csv"))
+    one, two = read_predictions(str(tmp_path / "one/demo.csv")), read_predictions(str(tmp_path / "two/demo.csv"))
     assert (one.ids, one.predicted) == (two.ids, two.predicted)
     np.testing.assert_allclose(one.probs, two.probs, atol=1e-5)
 
@@ -96,17 +107,17 @@ def three(tmp_path):
 
 def test_hard_and_soft_votes(run, three, tmp_path):
     done = run("ensemble.py", *three)
-    hard = read_submission(str(tmp_path / "submission.csv"))
+    hard = read_predictions(str(tmp_path / "submission.csv"))
     # row 0: two of three; row 1: a tie of three, won by the highest summed probability (class 3: 0.4 + 0.9 + 0.2)
     assert hard.predicted == [KLUE_LABELS[1], KLUE_LABELS[3], KLUE_LABELS[5]]
     np.testing.assert_allclose(hard.probs[0][:2], [1 / 3, 2 / 3])
     assert "66.7" in done.stdout
     run("ensemble.py", *three, "--soft", "--out", "soft.csv")
-    soft = read_submission(str(tmp_path / "soft.csv"))
+    soft = read_predictions(str(tmp_path / "soft.csv"))
     assert soft.predicted == [KLUE_LABELS[0], KLUE_LABELS[3], KLUE_LABELS[5]]
     np.testing.assert_allclose(soft.probs[0][:2], [1.7 / 3, 1.3 / 3])
     run("ensemble.py", *three, "--weights", "3", "1", "1", "--out", "weighted.csv")
-    weighted = read_submission(str(tmp_path / "weighted.csv"))
+    weighted = read_predictions(str(tmp_path / "weighted.csv"))
     assert weighted.predicted[0] == KLUE_LABELS[0]
     np.testing.assert_allclose(weighted.probs[0][:2], [0.6, 0.4])
 

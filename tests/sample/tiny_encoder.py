@@ -24,7 +24,7 @@ def make_tokenizer(folder: str, texts: list[str], vocab_size: int):
 
 
 def make_tiny_encoder(folder: str, texts: list[str], seed: int):
-    """Writes an encoder to `folder` that knows nothing yet: a BERT of two layers of 128, with a tokenizer of its own."""
+    """Writes an encoder to `folder` that knows nothing yet: a BERT of two layers of 128, with its tokenizer."""
     tokenizer = make_tokenizer(folder, texts, vocab_size=4000)
     torch.manual_seed(seed)
     shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
