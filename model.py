@@ -53,6 +53,8 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
     An input over `max_length` tokens loses context, never an entity or a mark: kept are the marks, then the words of
     the entities, then the tokens nearest to either. A prompt takes at most a quarter of it on each side.
     """
+    if not rows:
+        return [], 0  # tokenizers do not take an empty list
     rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
     number = {label: i for i, label in enumerate(labels)}
     start, middle, end, types = _special_tokens(tokenizer, pair=bool(PROMPTS[template.prompt][0]))

@@ -64,13 +64,13 @@ class Settings:
 
     # data
     data: str = setting("data", "folder with train.csv and test_data.csv (or .json, .jsonl), or the training file")
-    valid: str = setting("", "file to validate on, instead of a split of the training rows")
+    valid: str = setting("", "file to validate on, instead of a split of the training rows; none: train on all of them")
     split: str = setting("test-like", "9:1 with labels as in the test set, or 8:2", "test-like", "stratified")
     no_relation_share: float = setting(0.6, "share of the negative label in a test-like validation set", 0, 1)
     clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
     skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
     negative_label: str = setting("no_relation", "the label that means none of the others")
-    limit: int = setting(0, "use this many rows of the training file, the same ones for every seed; 0: all", 0, math.inf)
+    limit: int = setting(0, "use this many of the training rows, the same ones for every seed; 0: all", 0, math.inf)
     # input
     marker: str = setting("typed_entity_marker_punct", "how the entities are marked", *MARKERS)
     prompt: str = setting("s_and_o", "what is said beside the sentence", *PROMPTS)
@@ -115,6 +115,8 @@ class Settings:
                 raise InputError(f"{flag(f.name)}: found {value}, expected {allowed[0]} to {allowed[1]}")
         if self.label_smoothing and (self.focal_gamma or self.focal_alpha):
             raise InputError("--label-smoothing goes with cross entropy, not with --focal-gamma or --focal-alpha")
+        if self.patience and self.valid == "none":
+            raise InputError("--patience waits for better scores, and with --valid none there are none")
         if self.resume and self.fresh:
             raise InputError("--resume and --fresh contradict each other")
 
@@ -182,7 +184,9 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str
     if settings.limit:
         chosen = np.random.default_rng(DATA_SEED).permutation(len(rows))[: settings.limit]
         rows = [rows[i] for i in sorted(chosen)]
-    if settings.valid:
+    if settings.valid == "none":
+        valid = []
+    elif settings.valid:
         valid = data.with_known_labels(data.read_rows(settings.valid, skipped), labels, skipped)
     else:
         test_like = settings.split == "test-like"
@@ -190,7 +194,7 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str
         rows, valid = data.split(rows, labels, share, negative_share, DATA_SEED)
     if skipped:
         say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
-    if not rows or not valid:
+    if not rows or (not valid and settings.valid != "none"):
         raise InputError(f"{path}: {len(rows)} rows to train on and {len(valid)} to validate on, expected some of each")
     return rows, valid, labels
 
@@ -409,17 +413,21 @@ def train(settings: Settings, machine: Machine):
     trained = machine.distribute(model)
 
     def evaluate():
-        """Scores the model on the validation rows; the best so far is saved, with its predictions."""
-        probs = predict(model, valid_examples, machine, max_tokens)
-        scores = score(probs, gold)
-        say(f"step {progress.step}: {describe(scores, labels)}")
+        """Scores the model on the validation rows; the best so far is saved, with its predictions. Without such rows
+        the last model is."""
+        scores = {}
+        if valid_examples:
+            probs = predict(model, valid_examples, machine, max_tokens)
+            scores = score(probs, gold)
+            say(f"step {progress.step}: {describe(scores, labels)}")
         progress.without_gain += 1
-        if progress.best is None or scores[settings.best_metric] > progress.best[settings.best_metric]:
+        if not scores or progress.best is None or scores[settings.best_metric] > progress.best[settings.best_metric]:
             progress.best, progress.without_gain = scores | {"step": progress.step}, 0
             if is_first:
                 more = {"settings": asdict(settings), "run": folder.name, "scores": progress.best}
                 more["data"] = str(data.data_file(settings.data, "train").parent.resolve())
                 save_checkpoint(folder / "ckpt.pt", model, tokenizer, labels, **more)
+            if is_first and scores:
                 predicted = [labels[c] for c in probs.argmax(1)]
                 ids, gold_labels = [row.id for row in valid_rows], [row.label for row in valid_rows]
                 data.write_predictions(folder / "valid.csv", ids, predicted, probs, gold_labels)
@@ -504,15 +512,16 @@ def train(settings: Settings, machine: Machine):
 
 def finish(folder: Path, settings: Settings, progress: Progress, labels: list[str], writer: SummaryWriter):
     """Writes summary.json and the settings for TensorBoard's HPARAMS, and says what there is and how to go on."""
-    scores = {f"best/{name}": progress.best[name] for name in ("micro_f1", "auprc", "accuracy")}
+    scores = {f"best/{name}": value for name, value in progress.best.items() if name not in ("absent", "step")}
     writer.add_hparams(asdict(settings), scores, run_name=".")
     writer.close()
     summary = {"run": folder.name, **asdict(progress), "settings": asdict(settings)}
     with atomic_write(folder / "summary.json") as file:
         json.dump(summary, file, ensure_ascii=False, indent=1)
+    if scores:
+        where = f"of {progress.step}, on the validation rows ({folder / 'valid.csv'})"
+        print(f"\n{describe(progress.best, labels)}\nat step {progress.best['step']} {where}")
     print(
-        f"\n{describe(progress.best, labels)}\n"
-        f"at step {progress.best['step']} of {progress.step}, on the validation rows ({folder / 'valid.csv'})\n"
         f"trained on {progress.sentences} sentences in {progress.seconds:.0f} s, "
         f"{progress.sentences / progress.seconds:.1f} a second\n"
         f"to go on:\n  python infer.py {folder / 'ckpt.pt'}\n  python ensemble.py out/*.csv"

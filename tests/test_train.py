@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import infer
+import train
 from data import InputError
 from infer import Machine
 from train import Settings, learning_rate, make_optimizer, parse_settings, share_of_rank, training_batches
@@ -38,6 +40,7 @@ def test_the_defaults_are_those_of_the_report():
         "--max-length 10",
         "--label-smoothing 0.1 --focal-gamma 2",
         "--resume --fresh",
+        "--patience 2 --valid none",
     ],
 )
 def test_impossible_settings_are_an_error(arguments):
@@ -169,6 +172,19 @@ def test_another_data_set_with_its_own_labels(run, encoder_folder, tmp_path, row
     run("ensemble.py", "out/a.csv", "--soft")
     with open(tmp_path / "submission.csv", encoding="utf-8", newline="") as file:
         assert {row["pred_label"] for row in csv.DictReader(file)} <= {"none", "직함"}
+
+
+def test_without_validation_every_row_is_trained_on_and_the_last_model_kept(call, encoder_folder, tmp_path):
+    settings = f"--data {SAMPLE} --model {encoder_folder} --limit 90 --amp off --batch-size 30 --lr 1e-3 --epochs 2"
+    done = call(train, *settings.split(), "--valid", "none", "--no-clean", "--out", "all")
+    assert "90 rows to train on, 0 to validate on" in done.out
+    assert "F1" not in done.out
+    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
+    assert (summary["step"], summary["sentences"], summary["best"]) == (6, 180, {"step": 6})
+    last, kept = (torch.load(tmp_path / "all" / f"{name}.pt", weights_only=True) for name in ("last", "ckpt"))
+    assert all(torch.equal(kept["weights"][k], last["weights"][k]) for k in kept["weights"])
+    assert not (tmp_path / "all" / "valid.csv").exists()
+    assert "micro F1" in call(infer, "all/ckpt.pt").out
 
 
 def test_what_is_wrong_with_the_data_is_one_line(run, tmp_path):
