@@ -20,12 +20,14 @@ import os
 import re
 import sys
 import unicodedata
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
 
 # KLUE-RE's 30 relations in the order of the competition, whose submissions depend on it (KLUE's own order differs).
 KLUE_LABELS = (
@@ -311,6 +313,20 @@ def split(rows: list[Row], labels: list[str], share: float, negative_share: floa
     if not valid or len(valid) == len(sentences):
         raise InputError(f"{len(rows)} rows are too few to split; name a validation file with --valid")
     return [r for r in rows if r.sentence not in valid], [r for r in rows if r.sentence in valid]
+
+
+def fold(rows: list[Row], folds: int, number: int, seed: int):
+    """(train, valid) where valid is fold `number`, from 0, of `folds` that share the rows out: labels are mixed in each
+    as in `rows`, and all rows of one sentence are in one fold."""
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    labels, sentences = [row.label for row in rows], [row.sentence for row in rows]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of labels with fewer rows than folds, as KLUE-RE has
+            train, valid = list(splitter.split(labels, labels, sentences))[number]
+    except ValueError as error:
+        raise InputError(f"--folds {folds}: {len(rows)} rows of {len(set(sentences))} sentences are too few") from error
+    return [rows[i] for i in train], [rows[i] for i in valid]
 
 
 # --- templates ---------------------------------------------------------------------------------------------------

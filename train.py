@@ -15,9 +15,10 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -66,6 +67,8 @@ class Settings:
     data: str = setting("data", "folder with train.csv and test_data.csv (or .json, .jsonl), or the training file")
     valid: str = setting("", "file to validate on, instead of a split of the training rows; none: train on all of them")
     split: str = setting("test-like", "9:1 with labels as in the test set, or 8:2", "test-like", "stratified")
+    folds: int = setting(0, "validate on one of this many folds instead, of whole sentences; 0: none", 0, math.inf)
+    fold: int = setting(0, "which fold to validate on, from 0", 0, math.inf)
     no_relation_share: float = setting(0.6, "share of the negative label in a test-like validation set", 0, 1)
     clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
     skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
@@ -94,6 +97,7 @@ class Settings:
     focal_gamma: float = setting(0.0, "gamma of the focal loss; 0: cross entropy", 0, math.inf)
     focal_alpha: str = setting("", "JSON file {label: alpha} of the focal loss; labels not in it have 1")
     seed: int = setting(42, "of the order of batches, new weights and dropout", 0, 2**32 - 1)
+    seeds: int = setting(1, "one run for each of this many seeds from --seed on, and the mean of their scores", 1, 100)
     # the run
     amp: str = setting("auto", "precision; auto: half where the device is good at it", "auto", "off", "bf16", "fp16")
     max_tokens: int = setting(16384, "tokens at a time on a device; a larger batch is done in parts", 1, math.inf)
@@ -115,6 +119,10 @@ class Settings:
                 raise InputError(f"{flag(f.name)}: found {value}, expected {allowed[0]} to {allowed[1]}")
         if self.label_smoothing and (self.focal_gamma or self.focal_alpha):
             raise InputError("--label-smoothing goes with cross entropy, not with --focal-gamma or --focal-alpha")
+        if self.folds and (self.valid or self.folds == 1 or self.fold >= self.folds):
+            raise InputError(f"--folds {self.folds}: expected 2 or more, a --fold below that, and no --valid")
+        if self.fold and not self.folds:
+            raise InputError("--fold says which one of --folds")
         if self.patience and self.valid == "none":
             raise InputError("--patience waits for better scores, and with --valid none there are none")
         if self.resume and self.fresh:
@@ -135,7 +143,8 @@ class Settings:
 
 
 # settings that a run may change when it goes on: they do not say what is optimised
-NOT_OPTIMISATION = ("max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo", "deterministic")
+NOT_OPTIMISATION = ("seeds", "max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo",
+                    "deterministic")  # fmt: skip
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
         "head": "entity", "batch_size": 32, "epochs": 8, "lr": 1e-3}  # fmt: skip
 
@@ -188,6 +197,8 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str
         valid = []
     elif settings.valid:
         valid = data.with_known_labels(data.read_rows(settings.valid, skipped), labels, skipped)
+    elif settings.folds:
+        rows, valid = data.fold(rows, settings.folds, settings.fold, DATA_SEED)
     else:
         test_like = settings.split == "test-like"
         share, negative_share = (0.1, settings.no_relation_share) if test_like else (0.2, None)
@@ -364,8 +375,8 @@ def remove_progress(folder: Path):
             path.unlink(missing_ok=True)
 
 
-def train(settings: Settings, machine: Machine):
-    """The whole run, on each process."""
+def train(settings: Settings, machine: Machine) -> dict:
+    """The whole run, on each process; returns the best scores."""
     is_first = machine.rank == 0
 
     def say(text: str):
@@ -508,6 +519,7 @@ def train(settings: Settings, machine: Machine):
             window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
     if is_first:
         finish(folder, settings, progress, labels, writer)
+    return progress.best
 
 
 def finish(folder: Path, settings: Settings, progress: Progress, labels: list[str], writer: SummaryWriter):
@@ -539,7 +551,18 @@ def main():
     with running(settings.amp) as machine:
         if settings.norm == "batch" and machine.world > 1:
             raise InputError("--norm batch: normalises over the sentences of one process, and there are several")
-        train(settings, machine)
+        if settings.seeds == 1:
+            train(settings, machine)
+            return
+        seeds = range(settings.seed, settings.seed + settings.seeds)
+        folder = replace(settings, seed=Settings.seed).folder()
+        runs = [train(replace(settings, seed=seed, seeds=1, out=f"{folder}-seed={seed}"), machine) for seed in seeds]
+        names = [name for name in runs[0] if name not in ("absent", "step")]
+        if machine.rank == 0 and names:
+            print(f"\nseeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation:")
+            for name in names:
+                values = [scores[name] for scores in runs]
+                print(f"  {name} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
 
 
 if __name__ == "__main__":

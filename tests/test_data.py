@@ -17,6 +17,7 @@ from data import (
     atomic_write,
     clean,
     find_labels,
+    fold,
     particle,
     read_rows,
     split,
@@ -110,6 +111,21 @@ def test_a_mask_replaces_nested_entities():
 def test_same_word_twice_is_marked_where_the_offsets_say():
     rendered = Template("entity_marker").render(row("김은 김을 만났다", ("김", 0), ("김", 3)))
     assert rendered.text == "[E1] 김 [/E1]은 [E2] 김 [/E2]을 만났다"
+
+
+def test_folds_share_the_rows_out_by_whole_sentences(rows):
+    folds = [fold(rows, 5, k, seed=42) for k in range(5)]
+    held_out = [row.id for _, valid in folds for row in valid]
+    assert sorted(held_out) == sorted(row.id for row in rows)
+    for train, valid in folds:
+        assert not {r.sentence for r in train} & {r.sentence for r in valid}
+        assert sorted(r.id for r in train + valid) == sorted(r.id for r in rows)
+        share = {label: n / len(rows) for label, n in Counter(r.label for r in rows).items()}
+        found = Counter(r.label for r in valid)
+        assert all(abs(found[label] / len(valid) - p) < 0.02 for label, p in share.items())
+    assert fold(rows, 5, 2, seed=42) == folds[2]
+    with pytest.raises(InputError, match="--folds 5: 3 rows"):
+        fold(rows[:3], 5, 0, seed=42)
 
 
 def test_spans_point_at_marks_and_words():
