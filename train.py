@@ -36,14 +36,21 @@ from metrics import describe, score
 from model import (
     PROGRESS_FORMAT,
     DamagedFile,
+    FlatEncoder,
+    MaskedLanguageModel,
     RelationModel,
     collate,
+    collate_masked,
     encode,
+    encode_sentences,
     load_checkpoint,
     load_encoder,
+    load_language_model,
     load_tokenizer,
+    n_masked,
     relation_loss,
     save_checkpoint,
+    save_encoder,
     save_tensors,
     within_tokens,
 )
@@ -54,9 +61,10 @@ LOG_EVERY = 10  # steps between two readings of the loss
 BAD_STEPS = 20  # in a row that stop a run; fp16 skips a few at its start until it has found its scale
 
 
-def setting(default, help: str, *allowed):
-    """A field of Settings; allowed: the choices of a text, the limits of a number."""
-    return field(default=default, metadata={"help": help, "allowed": allowed})
+def setting(default, help: str, *allowed, bare=None):
+    """A field of Settings; allowed: the choices of a text, the limits of a number; bare: what the option means where
+    no value follows it."""
+    return field(default=default, metadata={"help": help, "allowed": allowed, "bare": bare})
 
 
 @dataclass
@@ -80,11 +88,16 @@ class Settings:
     type_names: str = setting("en", "language of the entity types in typed markers", *TYPE_NAMES)
     max_length: int = setting(256, "tokens an input may have; longer ones lose context, no entity", 64, math.inf)
     # model
+    objective: str = setting("relation", "what is learned; mlm: masked tokens of the sentences, before fine-tuning",
+                             "relation", "mlm")  # fmt: skip
     model: str = setting("klue/roberta-large", "encoder: a folder, or a name on the Hugging Face hub")
     head: str = setting("cls", "what reads the relation off the encoder's states", "cls", "entity", "bilstm", "bigru")
     norm: str = setting("layer", "normalisation before the classifier", "layer", "batch", "none")
     gelu: bool = setting(False, "a GELU before the classifier")
     dropout: float = setting(0.0, "dropout before the classifier (the encoder has its own)", 0, 0.99)
+    entity_embedding: str = setting("none", "vectors added to the input embeddings: plain (also the option by itself), "
+                                    "for subject, object, neither; typed, for the types too",
+                                    "none", "plain", "typed", bare="plain")  # fmt: skip
     # optimisation
     batch_size: int = setting(64, "sentences an optimiser step, over all processes together", 1, math.inf)
     epochs: int = setting(5, "times that every training row is seen", 1, math.inf)
@@ -123,6 +136,8 @@ class Settings:
             raise InputError(f"--folds {self.folds}: expected 2 or more, a --fold below that, and no --valid")
         if self.fold and not self.folds:
             raise InputError("--fold says which one of --folds")
+        if self.folds and self.objective == "mlm":
+            raise InputError("--folds is for relations; with --objective mlm a tenth of the sentences is held out")
         if self.patience and self.valid == "none":
             raise InputError("--patience waits for better scores, and with --valid none there are none")
         if self.resume and self.fresh:
@@ -162,6 +177,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     parser = data.Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     for f in fields(Settings):
         how = {"type": f.type, "choices": f.metadata["allowed"] or None} if f.type is str else {"type": f.type}
+        if f.metadata["bare"]:
+            how |= {"nargs": "?", "const": f.metadata["bare"]}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **how)
@@ -176,7 +193,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     return settings
 
 
-# --- data and model ----------------------------------------------------------------------------------------------
+# --- what is learned ---------------------------------------------------------------------------------------------
 
 
 def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str]]:
@@ -224,6 +241,182 @@ def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> 
         raise InputError(f"{settings.focal_alpha}: expected a JSON object {{label: alpha}}: {error}") from error
 
 
+class Task:
+    """What a run learns: examples, a model for them, a loss and scores. On each process.
+
+    lengths, n_targets: tokens of each training example, and predictions that it asks for (N,). hash: of all that the
+    training depends on beside the settings.
+    """
+
+    def __init__(self, settings: Settings, machine: Machine, say):
+        self.settings, self.machine, self.say = settings, machine, say
+
+    def load_tokenizer(self, texts: list[str]):
+        """The tokenizer; of a demo also the encoder is made, from the texts."""
+        if self.settings.demo and self.machine.rank == 0:
+            make_tiny_encoder(self.settings.model, texts, self.settings.seed)
+        self.machine.wait_for_all()
+        return load_tokenizer(self.settings.model)
+
+    def describe_rows(self, what: str, n_valid: int, n_cut: int):
+        mean = self.lengths.mean()
+        self.say(f"{len(self.lengths)} {what} to train on, {n_valid} to validate on; mean {mean:.0f} tokens; "
+                 f"{n_cut} cut to {self.settings.max_length}")  # fmt: skip
+
+    def place(self, model: FlatEncoder):
+        if self.settings.max_length > model.longest:
+            found = f"{self.settings.model} takes at most {model.longest} tokens"
+            raise InputError(f"--max-length {self.settings.max_length}: {found}")
+        self.model = model.to(self.machine.device)
+
+
+class Relations(Task):
+    """The relation between two entities, of labelled rows."""
+
+    def __init__(self, settings: Settings, machine: Machine, say):
+        super().__init__(settings, machine, say)
+        rows, self.valid_rows, self.labels = choose_rows(settings, say)
+        template = Template(settings.marker, settings.prompt, settings.type_names)
+
+        # rows to token ids
+        self.tokenizer = self.load_tokenizer([" ".join(template.render(row)[:3]) for row in rows])
+        known = len(self.tokenizer)
+        types = {entity.type for row in rows for entity in (row.subject, row.object) if entity.type}
+        self.tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
+        self.examples, n_cut = encode(rows, template, self.tokenizer, self.labels, settings.max_length)
+        self.valid, n_valid_cut = encode(self.valid_rows, template, self.tokenizer, self.labels, settings.max_length)
+        self.gold = np.array([e.label for e in self.valid])
+        self.lengths, self.n_targets = np.array([len(e.ids) for e in self.examples]), np.ones(len(rows), dtype=int)
+        self.describe_rows("rows", len(self.valid), n_cut + n_valid_cut)
+
+        torch.manual_seed(settings.seed)
+        encoder = load_encoder(settings.model, range(known, len(self.tokenizer)))
+        shape = (settings.head, settings.norm, settings.gelu, settings.dropout, settings.entity_embedding)
+        self.place(RelationModel(encoder, len(self.labels), *shape))
+        self.alpha = focal_alpha(settings, self.labels, machine.device)
+        used = [[row[:-1] for row in rows], [row[:-1] for row in self.valid_rows], self.labels]
+        self.hash = sha256(repr([*used, self.alpha is None or self.alpha.tolist()]).encode()).hexdigest()
+
+    def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
+        """The sum of the losses of these examples."""
+        batch = collate(self.examples, rows).to(self.machine.device)
+        with self.machine.autocast():
+            logits = model(batch)
+        smoothing, gamma = self.settings.label_smoothing, self.settings.focal_gamma
+        return relation_loss(logits, batch.labels, smoothing, gamma, self.alpha).sum()
+
+    def evaluate(self, max_tokens: int) -> dict:
+        """Scores on the validation rows; none where there are no such rows."""
+        if not self.valid:
+            return {}
+        self.probs = predict(self.model, self.valid, self.machine, max_tokens)
+        return score(self.probs, self.gold)
+
+    def merit(self, scores: dict) -> float:
+        return scores[self.settings.best_metric]
+
+    def describe(self, scores: dict) -> str:
+        return describe(scores, self.labels)
+
+    def save(self, folder: Path, scores: dict):
+        """Writes the model, and its predictions as `evaluate` has made them."""
+        about = {"settings": asdict(self.settings), "run": folder.name, "scores": scores}
+        about["data"] = str(data.data_file(self.settings.data, "train").parent.resolve())
+        save_checkpoint(folder / "ckpt.pt", self.model, self.tokenizer, self.labels, **about)
+        if self.valid:
+            ids, gold = [row.id for row in self.valid_rows], [row.label for row in self.valid_rows]
+            predicted = [self.labels[c] for c in self.probs.argmax(1)]
+            data.write_predictions(folder / "valid.csv", ids, predicted, self.probs, gold)
+
+    def next_commands(self, folder: Path) -> str:
+        return f"  python infer.py {folder / 'ckpt.pt'}\n  python ensemble.py out/*.csv"
+
+
+class MaskedTokens(Task):
+    """Masked tokens of the sentences to train and to predict on, which goes on with the encoder's pre-training
+    (Gururangan et al. 2020). No labels, marks or prompts."""
+
+    def __init__(self, settings: Settings, machine: Machine, say):
+        super().__init__(settings, machine, say)
+        sentences, valid = choose_sentences(settings, say)
+        self.tokenizer = self.load_tokenizer(sentences)
+        if self.tokenizer.mask_token is None:
+            raise InputError(f"--objective mlm: the tokenizer of {settings.model} has no token to mask with")
+        self.examples, self.words, n_cut = encode_sentences(sentences, self.tokenizer, settings.max_length)
+        self.valid, self.valid_words, n_valid_cut = encode_sentences(valid, self.tokenizer, settings.max_length)
+        self.lengths = np.array([len(e.ids) for e in self.examples])
+        self.n_targets = np.array([n_masked(words) for words in self.words])
+        self.describe_rows("sentences", len(valid), n_cut + n_valid_cut)
+
+        torch.manual_seed(settings.seed)
+        language_model, head_is_new = load_language_model(settings.model)
+        self.place(MaskedLanguageModel(language_model))
+        if head_is_new:
+            say("the encoder has no head for masked tokens: a new one, tied to its embeddings, learns with it")
+        self.hash = sha256(repr([sentences, valid]).encode()).hexdigest()
+
+    def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
+        """The sum of the losses of these examples' masked tokens, other ones at each step."""
+        return self.loss_of(model, self.examples, self.words, rows, [self.settings.seed, step])
+
+    def loss_of(self, model, examples, words, rows, key: list[int]) -> torch.Tensor:
+        batch, *masked = collate_masked(examples, words, rows, key, self.tokenizer)
+        places, true = (tokens.to(self.machine.device) for tokens in masked)
+        with self.machine.autocast():
+            logits = model(batch.to(self.machine.device), places)
+        return torch.nn.functional.cross_entropy(logits.float(), true, reduction="sum")
+
+    @torch.inference_mode()
+    def evaluate(self, max_tokens: int) -> dict:
+        """Mean loss and perplexity of the held-out sentences' masked tokens, always the same ones."""
+        if not self.valid:
+            return {}
+        self.model.eval()
+        lengths = np.array([len(e.ids) for e in self.valid])
+        batches = within_tokens(np.arange(len(lengths)), lengths, max_tokens)
+        total = torch.zeros((), dtype=torch.float64, device=self.machine.device)
+        for rows in batches[self.machine.rank :: self.machine.world]:
+            total += self.loss_of(self.model, self.valid, self.valid_words, rows, [DATA_SEED])
+        loss = self.machine.sum(total).item() / sum(map(n_masked, self.valid_words))
+        return {"loss": loss, "perplexity": math.exp(min(loss, 100))}
+
+    def merit(self, scores: dict) -> float:
+        return -scores["loss"]
+
+    def describe(self, scores: dict) -> str:
+        return "masked tokens: loss {loss:.4f}  perplexity {perplexity:.2f}".format(**scores)
+
+    def save(self, folder: Path, scores: dict):
+        save_encoder(folder / "encoder", self.model, self.tokenizer)
+
+    def next_commands(self, folder: Path) -> str:
+        return f"  python train.py --model {folder / 'encoder'}"
+
+
+def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str]]:
+    """(training sentences, held-out sentences): those to train and to predict on, each once."""
+    skipped = [] if settings.skip_bad_rows else None
+    paths = [data.data_file(settings.data, "train")]
+    if any(Path(settings.data).glob("test_data.*")):
+        paths.append(data.data_file(settings.data, "test_data"))
+    sentences = list(dict.fromkeys(row.sentence for path in paths for row in data.read_rows(path, skipped)))
+    say(f"{' and '.join(map(str, paths))}: {len(sentences)} sentences")
+    sentences = [sentences[i] for i in np.random.default_rng(DATA_SEED).permutation(len(sentences))]
+    sentences = sentences[: settings.limit or None]
+    if settings.valid in ("", "none"):
+        n_valid = 0 if settings.valid else max(1, len(sentences) // 10)
+        valid, sentences = sentences[:n_valid], sentences[n_valid:]
+    else:
+        valid = list(dict.fromkeys(row.sentence for row in data.read_rows(settings.valid, skipped)))
+        sentences = [sentence for sentence in sentences if sentence not in set(valid)]
+    if not sentences:
+        raise InputError(f"{paths[0]}: no sentences to train on beside those held out")
+    return sentences, valid
+
+
+# --- the optimiser -----------------------------------------------------------------------------------------------
+
+
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
     """Fused AdamW that decays matrices only: vectors are biases and the scales of norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -252,32 +445,30 @@ def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 # --- the loop ----------------------------------------------------------------------------------------------------
 
 
-def share_of_rank(rows: np.ndarray, lengths: np.ndarray, machine: Machine, max_tokens: int):
-    """The parts in which this process works through its share of a batch, and the weight of their loss."""
+def share_of_rank(rows: np.ndarray, lengths: np.ndarray, machine: Machine, max_tokens: int, n_targets: int):
+    """The parts in which this process works through its share of a batch that asks for `n_targets` predictions, and
+    the weight of the loss of each of them."""
     by_length = np.array(sorted(rows, key=lambda i: (-lengths[i], i)))
     mine = by_length[machine.rank :: machine.world]
     if len(mine):
         # DistributedDataParallel takes the mean over the processes; the loss is the mean over the whole batch
-        return within_tokens(mine, lengths, max_tokens), machine.world / len(rows)
+        return within_tokens(mine, lengths, max_tokens), machine.world / n_targets
     return [by_length[:1]], 0.0  # fewer sentences than processes: take part in the exchange, add nothing
 
 
-def batch_gradients(model, examples, lengths, rows, step, settings, machine, scaler, alpha, max_tokens):
+def batch_gradients(task, model, rows, step, settings, machine, scaler, max_tokens):
     """Adds up the gradients of one batch, part by part, and returns this process's share of the mean loss, still on
     the device; or None if memory ran out on any process."""
     torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, machine.rank]).generate_state(1)[0]))
-    parts, weight = share_of_rank(rows, lengths, machine, max_tokens)
+    parts, weight = share_of_rank(rows, task.lengths, machine, max_tokens, task.n_targets[rows].sum())
     total, out_of_memory = torch.zeros((), device=machine.device), False
     try:
         for part in parts:
-            batch = collate(examples, part).to(machine.device)
             exchange = machine.world > 1 and part is parts[-1]
             model.require_backward_grad_sync = exchange  # DistributedDataParallel's switch, as in nanoGPT
-            with machine.autocast():
-                logits = model(batch)
-            losses = relation_loss(logits, batch.labels, settings.label_smoothing, settings.focal_gamma, alpha)
-            total += (losses.detach().sum() * weight / machine.world).nan_to_num(0, 0, 0)
-            loss = scaler.scale(losses.sum() * weight)
+            loss = task.loss(model, part, step)
+            total += (loss.detach() * weight / machine.world).nan_to_num(0, 0, 0)
+            loss = scaler.scale(loss * weight)
             if not exchange:
                 loss.backward()
     except torch.OutOfMemoryError:
@@ -328,6 +519,7 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite
     best: dict | None = None  # scores of the model in ckpt.pt
     without_gain: int = 0  # evaluations since
+    evaluations: list = field(default_factory=list)  # their scores
 
 
 def save_progress(folder: Path, settings: Settings, rows_hash: str, progress: Progress, parts: dict):
@@ -354,8 +546,9 @@ def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict,
             if machine.rank == 0:
                 os.replace(path, folder / "damaged.pt")  # lest it takes the place of previous.pt
             continue
+        before_all = asdict(Settings()) | content["settings"]  # a setting of today was at its default before
         for name, value in asdict(settings).items():
-            before = content["settings"].get(name)
+            before = before_all[name]
             if before != value and name not in ("data", "valid", *NOT_OPTIMISATION):
                 raise InputError(f"{path}: made with {name} = {before!r}, now {value!r}; use --fresh, or another --out")
         if content["rows"] != rows_hash:
@@ -384,68 +577,32 @@ def train(settings: Settings, machine: Machine) -> dict:
             tqdm.write(text)
 
     folder = settings.folder()
-    train_rows, valid_rows, labels = choose_rows(settings, say)
-    template = Template(settings.marker, settings.prompt, settings.type_names)
-    if settings.demo and is_first:
-        make_tiny_encoder(settings.model, [" ".join(template.render(row)[:3]) for row in train_rows], settings.seed)
-    machine.wait_for_all()
-
-    # rows to token ids
-    tokenizer = load_tokenizer(settings.model)
-    known = len(tokenizer)
-    types = {entity.type for row in train_rows for entity in (row.subject, row.object) if entity.type}
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
-    examples, n_cut = encode(train_rows, template, tokenizer, labels, settings.max_length)
-    valid_examples, n_valid_cut = encode(valid_rows, template, tokenizer, labels, settings.max_length)
-    lengths = np.array([len(e.ids) for e in examples])
-    gold = np.array([e.label for e in valid_examples])
-    say(
-        f"{len(examples)} rows to train on, {len(gold)} to validate on; mean {lengths.mean():.0f} tokens; "
-        f"{n_cut + n_valid_cut} cut to {settings.max_length}"
-    )
-
-    # model and optimiser
-    torch.manual_seed(settings.seed)
-    encoder = load_encoder(settings.model, range(known, len(tokenizer)))
-    model = RelationModel(encoder, len(labels), settings.head, settings.norm, settings.gelu, settings.dropout)
-    if settings.max_length > model.longest:
-        raise InputError(f"--max-length {settings.max_length}: {settings.model} takes at most {model.longest} tokens")
-    model.to(machine.device)
-    optimizer = make_optimizer(model, settings)
+    task = {"relation": Relations, "mlm": MaskedTokens}[settings.objective](settings, machine, say)
+    optimizer = make_optimizer(task.model, settings)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
-    parts = {"weights": model, "optimizer": optimizer, "scaler": scaler}
-    alpha = focal_alpha(settings, labels, machine.device)
-    used = [[row[:-1] for row in train_rows], [row[:-1] for row in valid_rows], labels, alpha is None or alpha.tolist()]
-    rows_hash = sha256(repr(used).encode()).hexdigest()
+    parts = {"weights": task.model, "optimizer": optimizer, "scaler": scaler}
     if settings.fresh and is_first:
         remove_progress(folder)
     machine.wait_for_all()
-    progress = load_progress(folder, settings, rows_hash, parts, machine, say)
-    trained = machine.distribute(model)
+    progress = load_progress(folder, settings, task.hash, parts, machine, say)
+    trained = machine.distribute(task.model)
 
     def evaluate():
-        """Scores the model on the validation rows; the best so far is saved, with its predictions. Without such rows
-        the last model is."""
-        scores = {}
-        if valid_examples:
-            probs = predict(model, valid_examples, machine, max_tokens)
-            scores = score(probs, gold)
-            say(f"step {progress.step}: {describe(scores, labels)}")
+        """Scores the model; the best so far is saved, or where nothing is scored the last."""
+        scores = task.evaluate(max_tokens)
+        if scores:
+            say(f"step {progress.step}: {task.describe(scores)}")
+            progress.evaluations.append(scores | {"step": progress.step})
         progress.without_gain += 1
-        if not scores or progress.best is None or scores[settings.best_metric] > progress.best[settings.best_metric]:
+        if not scores or progress.best is None or task.merit(scores) > task.merit(progress.best):
             progress.best, progress.without_gain = scores | {"step": progress.step}, 0
             if is_first:
-                more = {"settings": asdict(settings), "run": folder.name, "scores": progress.best}
-                more["data"] = str(data.data_file(settings.data, "train").parent.resolve())
-                save_checkpoint(folder / "ckpt.pt", model, tokenizer, labels, **more)
-            if is_first and scores:
-                predicted = [labels[c] for c in probs.argmax(1)]
-                ids, gold_labels = [row.id for row in valid_rows], [row.label for row in valid_rows]
-                data.write_predictions(folder / "valid.csv", ids, predicted, probs, gold_labels)
+                task.save(folder, progress.best)
         return scores
 
     # the loop
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    lengths = task.lengths
+    per_epoch = math.ceil(len(lengths) / settings.batch_size)
     steps = settings.epochs * per_epoch
     batches, max_tokens, stop = [], settings.max_tokens, StopSignal()
     purge_step = progress.step + 1 if progress.step else None  # what a killed run has written beyond
@@ -463,19 +620,19 @@ def train(settings: Settings, machine: Machine) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             trained.train()
-            step, tokens_before = (examples, lengths, batches[place], progress.step), max_tokens
-            while (loss := batch_gradients(trained, *step, settings, machine, scaler, alpha, max_tokens)) is None:
+            rest, tokens_before = (batches[place], progress.step, settings, machine, scaler), max_tokens
+            while (loss := batch_gradients(task, trained, *rest, max_tokens)) is None:
                 if max_tokens < lengths[batches[place]].min():
                     raise InputError("out of memory with one sentence at a time; try a smaller --max-length or --model")
                 max_tokens = min(max_tokens, math.ceil(lengths[batches[place]].sum() / machine.world)) // 2
-                model.zero_grad()
+                task.model.zero_grad()
                 if machine.device.type == "cuda":
                     torch.cuda.empty_cache()
                 trained = None  # a DistributedDataParallel that was stopped half way cannot go on
-                trained = machine.distribute(model)
+                trained = machine.distribute(task.model)
             if max_tokens < tokens_before:
                 say(f"out of memory at step {progress.step + 1}: from now on {max_tokens} tokens at a time")
-            is_bad = update_weights(model, optimizer, scaler, settings.clip_norm)
+            is_bad = update_weights(task.model, optimizer, scaler, settings.clip_norm)
             loss_sum, bad, bad_in_a_row = loss_sum + loss * (1 - is_bad), bad + is_bad, (bad_in_a_row + is_bad) * is_bad
             progress.step += 1
             window_steps += 1
@@ -509,8 +666,10 @@ def train(settings: Settings, machine: Machine) -> dict:
             if is_first:
                 for name, value in shown.items():
                     writer.add_scalar(name if "/" in name else f"train/{name}", value, progress.step)
+                if evaluating:
+                    write_summary(folder, settings, progress, finished=False)
                 if saving:
-                    save_progress(folder, settings, rows_hash, progress, parts)
+                    save_progress(folder, settings, task.hash, progress, parts)
             if stopping:
                 say(f"stopped after step {progress.step} of {steps} and saved; the same command goes on from there")
                 machine.wait_for_all()  # torchrun ends all processes when the first one has ended
@@ -518,25 +677,28 @@ def train(settings: Settings, machine: Machine) -> dict:
             loss_sum, bad = torch.zeros_like(loss_sum), torch.zeros_like(bad)
             window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
     if is_first:
-        finish(folder, settings, progress, labels, writer)
+        finish(folder, settings, progress, task, writer)
     return progress.best
 
 
-def finish(folder: Path, settings: Settings, progress: Progress, labels: list[str], writer: SummaryWriter):
+def write_summary(folder: Path, settings: Settings, progress: Progress, finished: bool):
+    summary = {"run": folder.name, "finished": finished, **asdict(progress), "settings": asdict(settings)}
+    with atomic_write(folder / "summary.json") as file:
+        json.dump(summary, file, ensure_ascii=False, indent=1)
+
+
+def finish(folder: Path, settings: Settings, progress: Progress, task: Task, writer: SummaryWriter):
     """Writes summary.json and the settings for TensorBoard's HPARAMS, and says what there is and how to go on."""
     scores = {f"best/{name}": value for name, value in progress.best.items() if name not in ("absent", "step")}
     writer.add_hparams(asdict(settings), scores, run_name=".")
     writer.close()
-    summary = {"run": folder.name, **asdict(progress), "settings": asdict(settings)}
-    with atomic_write(folder / "summary.json") as file:
-        json.dump(summary, file, ensure_ascii=False, indent=1)
+    write_summary(folder, settings, progress, finished=True)
     if scores:
-        where = f"of {progress.step}, on the validation rows ({folder / 'valid.csv'})"
-        print(f"\n{describe(progress.best, labels)}\nat step {progress.best['step']} {where}")
+        print(f"\n{task.describe(progress.best)}\nat step {progress.best['step']} of {progress.step}, on held-out rows")
     print(
         f"trained on {progress.sentences} sentences in {progress.seconds:.0f} s, "
         f"{progress.sentences / progress.seconds:.1f} a second\n"
-        f"to go on:\n  python infer.py {folder / 'ckpt.pt'}\n  python ensemble.py out/*.csv"
+        f"to go on:\n{task.next_commands(folder)}"
     )
 
 

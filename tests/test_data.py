@@ -190,6 +190,30 @@ def test_marks_are_the_opening_tokens(encoder_folder):
         assert tuple(tokenizer.convert_ids_to_tokens([int(example.ids[m]) for m in example.marks])) == openings
 
 
+@pytest.mark.parametrize("marker", MARKERS)
+def test_tokens_know_their_entity_and_closing_marks_are_found(encoder_folder, marker):
+    template, tokenizer = Template(marker), load_tokenizer(str(encoder_folder))
+    tokenizer.add_tokens(template.added_tokens({"ORG", "PER"}))
+    nested = row(SENTENCE, "해리슨", "조지 해리슨", types=("PER", "새"))
+    (plain, inner), _ = encode([BEATLES, nested], template, tokenizer, KLUE_LABELS, 256)
+
+    def text(example, who):
+        return tokenizer.decode(example.ids[example.entities[0] == who]).replace(" ##", "").replace(" ", "")
+
+    masked = marker == "entity_mask"
+    assert (text(plain, 1), text(plain, 2)) == (("[SUBJ-ORG]", "[OBJ-PER]") if masked else ("비틀즈", "조지해리슨"))
+    # each token of a nested word belongs to the inner entity
+    assert text(inner, 1) == ("[SUBJ-PER]" if masked else "해리슨")
+    assert text(inner, 2) == "[OBJ-새]" if masked else text(inner, 2).startswith("조지")
+    assert set(zip(*plain.entities.tolist())) == {(0, 0), (1, 2), (2, 1)}  # ORG is the second type, PER the first
+    assert set(zip(*inner.entities.tolist())) == {(0, 0), (1, 1), (2, 0)}  # a type that is none of KLUE-RE's
+    ends = {"none": ("즈", "슨"), "entity_mask": ("[SUBJ-ORG]", "[OBJ-PER]"), "entity_marker": ("[/E1]", "[/E2]"),
+            "typed_entity_marker": ("</s:organization>", "</o:person>")}.get(marker, ("@", "#"))  # fmt: skip
+    last = tokenizer.convert_ids_to_tokens([int(plain.ids[k]) for k in plain.closings])
+    assert all(token.endswith(end) for token, end in zip(last, ends)), last
+    assert all(closing >= mark for closing, mark in zip(plain.closings, plain.marks))
+
+
 def test_input_is_what_the_tokenizer_makes_of_the_pair(encoder_folder):
     tokenizer = load_tokenizer(str(encoder_folder))
     for prompt in PROMPTS:

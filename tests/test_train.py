@@ -88,7 +88,8 @@ def test_biases_and_norms_do_not_decay():
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world):
     lengths, rows = np.random.default_rng(0).integers(20, 200, 50), np.arange(5)
-    shares = [share_of_rank(rows, lengths, Machine(torch.device("cpu"), None, r, world), 300) for r in range(world)]
+    machines = [Machine(torch.device("cpu"), None, rank, world) for rank in range(world)]
+    shares = [share_of_rank(rows, lengths, machine, 300, n_targets=5) for machine in machines]
     taken = [row for parts, weight in shares for part in parts for row in part if weight]
     assert sorted(taken) == rows.tolist()
     assert {weight for _, weight in shares} <= {0.0, world / 5}
