@@ -7,6 +7,14 @@ A row says which relation holds between a subject and an object in a sentence. I
     train, valid = split(rows, KLUE_LABELS, 0.1, 0.6, seed=42)
     Template("typed_entity_marker_punct", "s_and_o").render(train[0])
 
+What is in a file, or in two side by side, as tables, figures and a page (report.py does the work):
+
+    python data.py data/train.csv
+    python data.py data/train.csv data/test_data.csv --model klue/roberta-large --max-length 128 --out runs/eda
+
+    python data.py --diff old/train.csv new/train.csv     # rows added, removed, relabelled
+    python data.py --download                             # KLUE-RE itself, into data/
+
 Formats: the CSV of the Boostcamp competition, KLUE's JSON, JSON lines; UTF-8 with or without BOM.
 """
 
@@ -23,6 +31,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,8 +129,14 @@ class Row(NamedTuple):
     where: str
 
 
+HUB = re.compile(r"hub:([^@]+)@([^:@/]+)(?::([^:@/]+))?")  # name or folder, revision, configuration
+
+
 def data_file(data: str | Path, stem: str) -> Path:
-    """The file called `stem` in a data folder, in whichever format it is there, or `data` itself if it is a file."""
+    """The file called `stem` in a data folder, in whichever format it is there, or `data` itself if it is a file. Of a
+    data set on the hub, HUB, its split as HUB/stem."""
+    if str(data).startswith("hub:"):
+        return Path(str(data), stem)
     candidates = [Path(data), *(Path(data) / f"{stem}{suffix}" for suffix in (".csv", ".json", ".jsonl"))]
     for path in candidates:
         if path.is_file():
@@ -183,6 +198,9 @@ def read_csv(path: str | Path, columns: tuple[str, ...]):
 
 def _records(path: Path):
     """Yields (line, fields) of a CSV, JSON or JSON lines file; for JSON the line is the element's number."""
+    if str(path).startswith("hub:"):
+        yield from _hub_records(path)
+        return
     if path.suffix not in (".json", ".jsonl"):
         yield from read_csv(path, ("id", "sentence", "subject_entity", "object_entity"))
         return
@@ -197,6 +215,42 @@ def _records(path: Path):
     for number, record in records:
         _expect(isinstance(record, dict), f"{path}:{number}", "row", record, "an object")
         yield number, {"id": record.get("guid"), **record}
+
+
+def _hub_records(path: Path):
+    """Yields (number, fields) of a split of a data set on the Hugging Face hub, or in a folder laid out like one, as
+    the `datasets` library reads it. `path`: hub:OWNER/NAME@REVISION[:CONFIG]/SPLIT; test_data is the split test, or
+    where there is none, as in KLUE, validation."""
+    spec, split = str(path.parent), path.name
+    if not (found := HUB.fullmatch(spec)):
+        raise InputError(f"--data {spec}: expected hub:OWNER/NAME@REVISION or hub:OWNER/NAME@REVISION:CONFIG")
+    name, revision, config = found.groups()
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("--data hub:... needs the package datasets: pip install datasets") from error
+    datasets.disable_progress_bars()
+    try:
+        splits = datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:  # of many kinds: the hub's, the network's, the files'
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{spec}: cannot be read from the Hugging Face hub: {reason}") from error
+    if split == "test_data":
+        split = "test" if "test" in splits else "validation"
+    _expect(split in splits, spec, "splits", sorted(splits), split)
+    label = splits[split].features.get("label")
+    for number, record in enumerate(splits[split], 1):
+        if isinstance(label, datasets.ClassLabel):
+            known = 0 <= (record["label"] if record["label"] is not None else -1) < label.num_classes
+            record["label"] = label.int2str(record["label"]) if known else None  # -1: not told
+        yield number, {"id": record.get("guid"), **record}
+
+
+def version(data: str | Path, rows: list[Row]) -> dict:
+    """What tells this data from an earlier or later state of it: the hub's revision, and a hash of the rows."""
+    found = HUB.match(str(data))
+    content = sha256(repr([row[:-1] for row in rows]).encode()).hexdigest()
+    return {"revision": found and found[2], "content": content[:16]}
 
 
 def _check(record: dict, where: str) -> Row:
@@ -270,6 +324,67 @@ def with_known_labels(rows: list[Row], labels: list[str], skipped: list[str] | N
     return [row for row in rows if row.label in labels]
 
 
+# --- versions ----------------------------------------------------------------------------------------------------
+
+KLUE_RE = "hub:klue/klue@main:re"
+
+
+def diff(old: list[Row], new: list[Row]) -> tuple[list[Row], list[Row], list[tuple[Row, Row]]]:
+    """(added, removed, relabelled) rows: what is in `new` alone, in `old` alone, and (old, new) pairs that differ in
+    the label alone. Rows are the same by sentence and entities, whatever their ids."""
+    rest = {}
+    for row in old:
+        rest.setdefault((row.sentence, row.subject, row.object), []).append(row)
+    added, relabelled, changed = [], [], []
+    for row in new:  # first those that have stayed as they are
+        alike = rest.get((row.sentence, row.subject, row.object), [])
+        same = next((other for other in alike if other.label == row.label), None)
+        if same:
+            alike.remove(same)
+        else:
+            changed.append((row, alike))
+    for row, alike in changed:
+        if alike:
+            relabelled.append((alike.pop(0), row))
+        else:
+            added.append(row)
+    return added, [row for alike in rest.values() for row in alike], relabelled
+
+
+def print_diff(old: str, new: str):
+    """python data.py --diff: what changed from one version to the other, a line a row."""
+    added, removed, relabelled = diff(*(read_rows(data_file(version, "train")) for version in (old, new)))
+    for sign, rows in (("+", added), ("-", removed)):
+        for row in rows:
+            print(f"{sign} {row.where}  id {row.id}  {row.label}  {row.subject.word} / {row.object.word}")
+    for before, row in relabelled:
+        words = f"{row.subject.word} / {row.object.word}"
+        print(f"~ {before.where} -> {row.where}  id {row.id}  {before.label} -> {row.label}  {words}")
+    print(f"{len(added)} rows added (+), {len(removed)} removed (-), {len(relabelled)} relabelled (~)")
+
+
+def download(folder: Path, hub: str):
+    """python data.py --download: KLUE-RE as train.csv, dev.csv and, without labels, test_data.csv in the competition's
+    format; nothing that is there is written over."""
+    parts = {"train.csv": "train", "dev.csv": "validation", "test_data.csv": "validation"}
+    for name in parts:
+        if (folder / name).exists():
+            raise InputError(f"{folder / name}: is there already; move it away, or name another folder with --out")
+    rows = {split: read_rows(data_file(hub, split)) for split in ("train", "validation")}
+    for name, split in parts.items():
+        with atomic_write(folder / name) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["id", "sentence", "subject_entity", "object_entity", "label", "source"])
+            for row in rows[split]:
+                entities = (
+                    {"word": e.word, "start_idx": e.start, "end_idx": e.end, "type": e.type}
+                    for e in (row.subject, row.object)
+                )
+                label = 100 if name == "test_data.csv" else row.label
+                writer.writerow([row.id, row.sentence, *entities, label, row.source])
+        print(f"{folder / name}: {len(rows[split])} rows of {hub}, content {version(hub, rows[split])['content']}")
+
+
 # --- cleaning and splitting --------------------------------------------------------------------------------------
 
 
@@ -327,6 +442,73 @@ def fold(rows: list[Row], folds: int, number: int, seed: int):
     except ValueError as error:
         raise InputError(f"--folds {folds}: {len(rows)} rows of {len(set(sentences))} sentences are too few") from error
     return [rows[i] for i in train], [rows[i] for i in valid]
+
+
+# --- what is in a file -------------------------------------------------------------------------------------------
+# A table is a list of lines, each a dict from the heading of a column to a value. `files`: {name: its rows}.
+
+# what rows may have in common; entities are compared by word, offsets and type
+SAME = {
+    "sentence": lambda row: row.sentence,
+    "sentence + object": lambda row: (row.sentence, row.object),
+    "sentence + subject": lambda row: (row.sentence, row.subject),
+    "sentence + both": lambda row: (row.sentence, row.subject, row.object),
+    "sentence + both + label": lambda row: (row.sentence, row.subject, row.object, row.label),
+}
+
+
+def type_pair(row: Row) -> str:
+    """The types of subject and object."""
+    return f"{row.subject.type or '(none)'}-{row.object.type or '(none)'}"
+
+
+def count_table(files: dict[str, list[Row]], heading: str, value) -> list[dict]:
+    """How many rows have which `value(row)`, and their share of the file in per cent, the most frequent first."""
+    counts = {name: Counter(value(row) or "(none)" for row in rows) for name, rows in files.items()}
+    values = sorted(set().union(*counts.values()), key=lambda v: ([-c[v] for c in counts.values()], v))
+    table = []
+    for v in values:
+        line = {heading: v}
+        for name, count in counts.items():
+            line |= {name: count[v], f"{name} %": 100 * count[v] / len(files[name])}
+        table.append(line)
+    return table
+
+
+def cross_table(rows: list[Row]) -> list[dict]:
+    """How many rows of each label have which types of subject and object, the most frequent first."""
+    labels, pairs = Counter(row.label or "(none)" for row in rows), Counter(map(type_pair, rows))
+    count = Counter((row.label or "(none)", type_pair(row)) for row in rows)
+    return [
+        {"label": label, **{pair: count[label, pair] for pair, _ in pairs.most_common()}}
+        for label, _ in labels.most_common()
+    ]
+
+
+def repeat_table(files: dict[str, list[Row]]) -> list[dict]:
+    """How many rows repeat an earlier row's sentence, sentence and object, ... (of n alike, n - 1 are counted)."""
+    return [
+        {"the same": what, **{name: len(rows) - len(set(map(key, rows))) for name, rows in files.items()}}
+        for what, key in SAME.items()
+    ]
+
+
+def shared_table(files: dict[str, list[Row]]) -> list[dict]:
+    """How many different sentences, sentences with object, ... are in both of two files, and in how many rows."""
+    table = []
+    for what, key in SAME.items():
+        if "label" not in what:
+            shared = set.intersection(*({key(row) for row in rows} for rows in files.values()))
+            rows_with = {f"rows of {name}": sum(key(r) in shared for r in rows) for name, rows in files.items()}
+            table.append({"in both files": what, "different": len(shared), **rows_with})
+    return table
+
+
+def length_table(lengths: dict[str, np.ndarray], limit: int) -> list[dict]:
+    """Mean, quantiles and maximum of each file's lengths, and how many are over `limit`."""
+    measures = {"mean": np.mean} | {f"{q} %": functools.partial(np.percentile, q=q) for q in (50, 90, 95, 99)}
+    measures |= {"max": np.max, f"over {limit}": lambda n: int((n > limit).sum())}
+    return [{"tokens": what, **{name: f(n) for name, n in lengths.items()}} for what, f in measures.items()]
 
 
 # --- templates ---------------------------------------------------------------------------------------------------
@@ -445,3 +627,10 @@ def write_predictions(path: str | Path, ids: list[str], predicted: list[str], pr
         writer.writerow(["id", *(["label"] if gold else []), "pred_label", "probs"])
         for i, (id, label, p) in enumerate(zip(ids, predicted, probs, strict=True)):
             writer.writerow([id, *([gold[i]] if gold else []), label, json.dumps(p.tolist())])
+
+
+if __name__ == "__main__":
+    # in there this module is imported a second time, under its own name: only its InputError is the one that all share
+    from report import data_report
+
+    data_report()

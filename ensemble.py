@@ -8,90 +8,16 @@ Reads files of id,pred_label,probs as infer.py writes them. Where they do not fi
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from data import KLUE_LABELS, InputError, Parser, exit_on_bad_input, read_csv, write_predictions
+from data import InputError, Parser, exit_on_bad_input, write_predictions
+from metrics import Predictions, check_alike, class_names, read_predictions
 
 
-class Submission(NamedTuple):
-    """A file of predictions, N rows of C classes. Rows stand in the file's order."""
-
-    path: str
-    ids: list[str]
-    predicted: list[str]
-    probs: np.ndarray  # (N, C), each row sums to 1
-    lines: list[int]
-
-
-def read_submission(path: str) -> Submission:
-    """Reads a submission; raises InputError at the first row that is not as it should be."""
-    first, predicted, probs = {}, [], []
-    for line, cells in read_csv(path, ("id", "pred_label", "probs")):
-        where = f"{path}:{line}"
-        id, found = cells["id"], cells["probs"] if len(cells["probs"]) <= 60 else cells["probs"][:57] + "..."
-        try:
-            p = [float(x) for x in json.loads(cells["probs"])]
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise InputError(f"{where}: probs: found {found!r}, expected a list of numbers") from error
-        if probs and len(p) != len(probs[0]):
-            raise InputError(f"{where}: probs: found {len(p)} classes, expected {len(probs[0])} as in the rows above")
-        if not p or not min(p) >= 0 or not math.isclose(sum(p), 1, abs_tol=1e-3):
-            raise InputError(f"{where}: probs: found {found!r}, expected numbers from 0 to 1 that sum to 1")
-        if id in first:
-            raise InputError(f"{where}: id: found {id!r}, expected another: line {first[id]} has it already")
-        first[id] = line
-        predicted.append(cells["pred_label"])
-        probs.append(p)
-    if not probs:
-        raise InputError(f"{path}: no rows")
-    return Submission(path, list(first), predicted, np.array(probs), list(first.values()))
-
-
-def check_alike(submissions: list[Submission]):
-    """Raises InputError unless all have the same ids in the same order and as many classes."""
-    base = submissions[0]
-    for other in submissions[1:]:
-        missing, extra = set(base.ids) - set(other.ids), set(other.ids) - set(base.ids)
-        if missing:
-            example = next(id for id in base.ids if id in missing)
-            raise InputError(f"{other.path}: {len(missing)} rows of {base.path} are missing, such as id {example!r}")
-        if extra:
-            example = next(id for id in other.ids if id in extra)
-            raise InputError(f"{other.path}: {len(extra)} rows are not in {base.path}, such as id {example!r}")
-        if other.ids != base.ids:
-            i = next(i for i, pair in enumerate(zip(base.ids, other.ids)) if pair[0] != pair[1])
-            where = f"{other.path}:{other.lines[i]}"
-            raise InputError(f"{where}: id: found {other.ids[i]!r}, expected {base.ids[i]!r}, the order of {base.path}")
-        if other.probs.shape != base.probs.shape:
-            found, expected = other.probs.shape[1], base.probs.shape[1]
-            raise InputError(f"{other.path}: found {found} classes, expected {expected} as in {base.path}")
-
-
-def class_names(submissions: list[Submission]) -> dict[int, str]:
-    """The label of each class: KLUE-RE's, or of another data set as far as its predictions tell. Raises InputError
-    where a predicted label is not the likeliest class, as in a file whose probs are in another order of labels."""
-    rows = [
-        (f"{s.path}:{line}", label, np.flatnonzero(p >= p.max() - 1e-9).tolist())
-        for s in submissions
-        for line, label, p in zip(s.lines, s.predicted, s.probs)
-    ]
-    if submissions[0].probs.shape[1] == len(KLUE_LABELS) and {label for _, label, _ in rows} <= set(KLUE_LABELS):
-        names = dict(enumerate(KLUE_LABELS))
-    else:
-        names = {classes[0]: label for _, label, classes in reversed(rows) if len(classes) == 1}
-    for where, label, classes in rows:
-        likeliest = [names.get(c) for c in classes]
-        if label not in likeliest:
-            raise InputError(f"{where}: pred_label: found {label!r}, but its probs are highest for {likeliest[0]!r}")
-    return names
-
-
-def vote(submissions: list[Submission], names: dict[int, str], weights: np.ndarray, soft: bool):
+def vote(submissions: list[Predictions], names: dict[int, str], weights: np.ndarray, soft: bool):
     """(predicted labels, probs (N, C)): the weighted mean of the probabilities, or the shares of the votes, where a
     tie goes to the class of higher summed probability."""
     number = {label: c for c, label in names.items()}
@@ -109,7 +35,7 @@ def vote(submissions: list[Submission], names: dict[int, str], weights: np.ndarr
     return [names[c] for c in winners.tolist()], shares
 
 
-def print_agreement(submissions: list[Submission]):
+def print_agreement(submissions: list[Predictions]):
     """In how many per cent of the rows each two files predict the same."""
     predicted = np.array([s.predicted for s in submissions])
     for i, s in enumerate(submissions):
@@ -139,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 @exit_on_bad_input
 def main():
     arguments = parse_arguments()
-    submissions = [read_submission(path) for path in arguments.files]
+    submissions = [read_predictions(path) for path in arguments.files]
     check_alike(submissions)
     names = class_names(submissions)
     predicted, probs = vote(submissions, names, arguments.weights, arguments.soft)

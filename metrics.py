@@ -1,13 +1,128 @@
-"""The scores of KLUE-RE, computed as KLUE's authors define them (Park et al. 2021, KLUE, section 3.5).
+"""The scores of KLUE-RE, computed as KLUE's authors define them (Park et al. 2021, KLUE, section 3.5), and what is
+behind them: intervals, labels, confusions, groups of rows, and whether one model is better than another.
 
     scores = score(probs, gold)          # {"micro_f1": 71.2, "auprc": 74.0, "accuracy": 70.3}
     print(describe(scores, labels))      # one line for people, that names the classes left out of the AUPRC
 
-All are percentages. Label 0 is the negative one (no_relation).
+All are percentages. Label 0 is the negative one (no_relation). As tables, figures and a page (report.py does the work):
+
+    python metrics.py runs/demo/valid.csv                                    # a run's validation rows
+    python metrics.py out/demo.csv --gold data/test_data.csv                 # a submission, if the labels are known
+    python metrics.py runs/a/valid.csv runs/b/valid.csv                      # is the second better than the first?
+    python metrics.py --a 'runs/a-*/valid.csv' --b 'runs/b-*/valid.csv'      # several seeds a side
 """
 
+import json
+import math
+from collections import Counter
+from typing import NamedTuple
+
 import numpy as np
-from sklearn.metrics import auc, f1_score, precision_recall_curve
+from scipy.stats import binomtest
+from sklearn.metrics import auc, f1_score, precision_recall_curve, precision_recall_fscore_support
+
+from data import KLUE_LABELS, InputError, read_csv
+
+DRAWS = 1000  # of a bootstrap
+SCORES = {"micro_f1": "micro F1", "auprc": "AUPRC", "accuracy": "accuracy"}
+
+# --- files of predictions -----------------------------------------------------------------------------------------
+
+
+class Predictions(NamedTuple):
+    """A file of predictions, N rows of C classes. Rows stand in the file's order."""
+
+    path: str
+    ids: list[str]
+    predicted: list[str]
+    probs: np.ndarray  # (N, C), each row sums to 1
+    lines: list[int]
+    gold: list[str] | None  # as in a run's valid.csv
+
+
+def read_predictions(path: str) -> Predictions:
+    """Reads a submission or a run's valid.csv; raises InputError at the first row that is not as it should be."""
+    first, predicted, probs, gold = {}, [], [], []
+    for line, cells in read_csv(path, ("id", "pred_label", "probs")):
+        where = f"{path}:{line}"
+        id, found = cells["id"], cells["probs"] if len(cells["probs"]) <= 60 else cells["probs"][:57] + "..."
+        try:
+            p = [float(x) for x in json.loads(cells["probs"])]
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise InputError(f"{where}: probs: found {found!r}, expected a list of numbers") from error
+        if probs and len(p) != len(probs[0]):
+            raise InputError(f"{where}: probs: found {len(p)} classes, expected {len(probs[0])} as in the rows above")
+        if not p or not min(p) >= 0 or not math.isclose(sum(p), 1, abs_tol=1e-3):
+            raise InputError(f"{where}: probs: found {found!r}, expected numbers from 0 to 1 that sum to 1")
+        if id in first:
+            raise InputError(f"{where}: id: found {id!r}, expected another: line {first[id]} has it already")
+        first[id] = line
+        predicted.append(cells["pred_label"])
+        probs.append(p)
+        gold += [cells["label"]] if "label" in cells else []
+    if not probs:
+        raise InputError(f"{path}: no rows")
+    return Predictions(path, list(first), predicted, np.array(probs), list(first.values()), gold or None)
+
+
+def check_alike(files: list[Predictions]):
+    """Raises InputError unless all have the same ids in the same order and as many classes."""
+    base = files[0]
+    for other in files[1:]:
+        missing, extra = set(base.ids) - set(other.ids), set(other.ids) - set(base.ids)
+        if missing:
+            example = next(id for id in base.ids if id in missing)
+            raise InputError(f"{other.path}: {len(missing)} rows of {base.path} are missing, such as id {example!r}")
+        if extra:
+            example = next(id for id in other.ids if id in extra)
+            raise InputError(f"{other.path}: {len(extra)} rows are not in {base.path}, such as id {example!r}")
+        if other.ids != base.ids:
+            i = next(i for i, pair in enumerate(zip(base.ids, other.ids)) if pair[0] != pair[1])
+            where = f"{other.path}:{other.lines[i]}"
+            raise InputError(f"{where}: id: found {other.ids[i]!r}, expected {base.ids[i]!r}, the order of {base.path}")
+        if other.probs.shape != base.probs.shape:
+            found, expected = other.probs.shape[1], base.probs.shape[1]
+            raise InputError(f"{other.path}: found {found} classes, expected {expected} as in {base.path}")
+
+
+def class_names(files: list[Predictions], labels: list[str] | None = None) -> dict[int, str]:
+    """The label of each class: `labels` if given, else KLUE-RE's, or of another data set as far as its predictions
+    tell. Raises InputError where a predicted label is not the likeliest class, as in a file whose probs are in another
+    order of labels."""
+    rows = [
+        (f"{s.path}:{line}", label, np.flatnonzero(p >= p.max() - 1e-9).tolist())
+        for s in files
+        for line, label, p in zip(s.lines, s.predicted, s.probs)
+    ]
+    if labels and len(labels) == files[0].probs.shape[1]:
+        names = dict(enumerate(labels))
+    elif files[0].probs.shape[1] == len(KLUE_LABELS) and {label for _, label, _ in rows} <= set(KLUE_LABELS):
+        names = dict(enumerate(KLUE_LABELS))
+    else:
+        names = {classes[0]: label for _, label, classes in reversed(rows) if len(classes) == 1}
+    for where, label, classes in rows:
+        likeliest = [names.get(c) for c in classes]
+        if label not in likeliest:
+            raise InputError(f"{where}: pred_label: found {label!r}, but its probs are highest for {likeliest[0]!r}")
+    return names
+
+
+def gold_classes(file: Predictions, names: dict[int, str], labels: list[str] | None) -> np.ndarray:
+    """The class of each row (N,): of `labels`, or of the file's own column. Raises InputError where it has none, where
+    the two differ, or where a label has no class."""
+    gold = labels or file.gold
+    if gold is None:
+        raise InputError(f"{file.path}: has no column label; --gold names the file with its rows and their labels")
+    number = {label: c for c, label in names.items()}
+    for line, label, own in zip(file.lines, gold, file.gold or gold):
+        if label != own:
+            raise InputError(f"{file.path}:{line}: label: found {own!r}, expected {label!r} as in the file of its rows")
+        if label not in number:
+            raise InputError(f"{file.path}:{line}: label: found {label!r}, expected one of {len(number)} known labels")
+    return np.array([number[label] for label in gold])
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
 
 
 def score(probs: np.ndarray, gold: np.ndarray) -> dict:
@@ -38,3 +153,198 @@ def describe(scores: dict, labels: list[str]) -> str:
 def _area(probs: np.ndarray, positive: np.ndarray) -> float:
     precision, recall, _ = precision_recall_curve(positive, probs)
     return auc(recall, precision)
+
+
+def weighted_scores(probs: np.ndarray, gold: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """`score` for D weightings of the rows at once: weights (rows, D), the scores (D,).
+
+    A row of weight 2 counts as two rows, of weight 0 as none. A class without a row is left out of its AUPRC.
+    """
+    predicted = probs.argmax(1)
+    areas = [_weighted_areas(probs[:, c], gold == c, weights) for c in np.unique(gold)]
+    accuracy = (predicted == gold) @ weights / weights.sum(0)
+    return {
+        "micro_f1": weighted_f1(predicted, gold, weights),
+        "auprc": 100 * np.nanmean(areas, 0),
+        "accuracy": 100 * accuracy,
+    }
+
+
+def weighted_f1(predicted: np.ndarray, gold: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Micro F1 (D,) without class 0 for weights (rows, D); 0 where there is no relation, true or predicted."""
+    hits = ((predicted == gold) & (gold != 0)) @ weights
+    both = (predicted != 0) @ weights + (gold != 0) @ weights
+    return 200 * hits / np.maximum(both, 1)
+
+
+def _weighted_areas(probs: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    order = np.argsort(-probs, kind="stable")
+    order = order[probs[order] >= probs[positive].min()]  # what comes behind the last positive adds no area
+    sorted_probs = probs[order]
+    last_of_ties = np.flatnonzero(np.append(sorted_probs[1:] != sorted_probs[:-1], True))
+    drawn = weights[order]
+    taken = drawn.cumsum(0)[last_of_ties]
+    hits = (drawn * positive[order, None]).cumsum(0)[last_of_ties]
+    total = hits[-1]
+    precision = np.divide(hits, taken, out=np.ones_like(hits), where=taken > 0)
+    area = hits[0] * (1 + precision[0]) / 2  # from recall 0, precision 1
+    area += (np.diff(hits, axis=0) * (precision[1:] + precision[:-1])).sum(0) / 2
+    return np.divide(area, total, out=np.full_like(total, np.nan), where=total > 0)
+
+
+def bootstrap_weights(n_rows: int, draws: int = DRAWS):
+    """Yields weights (n_rows, some of the draws): how often each row is in a sample of n_rows drawn with replacement.
+    The same ones each time, so that two models are compared on the same draws."""
+    random = np.random.default_rng(0)
+    for start in range(0, draws, 100):  # a hundred at a time: memory stays small
+        share = np.full(n_rows, 1 / n_rows)
+        yield random.multinomial(n_rows, share, min(100, draws - start)).T.astype(float, order="C")
+
+
+def bootstrap(probs: np.ndarray, gold: np.ndarray, draws: int = DRAWS) -> dict[str, np.ndarray]:
+    """The scores (draws,) of as many samples of the rows, drawn with replacement as if rows were independent."""
+    parts = [weighted_scores(probs, gold, weights) for weights in bootstrap_weights(len(gold), draws)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in SCORES}
+
+
+def centred(drawn: np.ndarray, value: float) -> np.ndarray:
+    """What was drawn, moved so that its mean is `value`, what was seen. The AUPRC of drawn samples runs high: repeated
+    rows rank together, and labels of which no row was drawn, rare and hard ones, are left out."""
+    return drawn - drawn.mean() + value
+
+
+def interval(drawn: np.ndarray) -> dict[str, float]:
+    """The middle 95 % of what was drawn."""
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return {"from": low, "to": high}
+
+
+# --- what is behind the scores -----------------------------------------------------------------------------------
+# tables as in data.py: a list of lines, each a dict from heading to value
+
+
+def score_table(probs: np.ndarray, gold: np.ndarray) -> list[dict]:
+    """The three scores with their 95 % intervals."""
+    scores, drawn = score(probs, gold), bootstrap(probs, gold)
+    return [
+        {"score": text, "value": scores[name], **interval(centred(drawn[name], scores[name]))}
+        for name, text in SCORES.items()
+    ]
+
+
+def label_table(predicted: np.ndarray, gold: np.ndarray, labels: list[str]) -> list[dict]:
+    """Precision, recall and F1 in per cent, rows and predictions of each label, in the labels' order."""
+    classes = range(len(labels))
+    each = precision_recall_fscore_support(gold, predicted, labels=classes, zero_division=0)
+    found = np.bincount(predicted, minlength=len(labels))
+    return [
+        {"label": label, "precision": 100 * p, "recall": 100 * r, "F1": 100 * f1, "rows": int(n), "predicted": int(m)}
+        for label, p, r, f1, n, m in zip(labels, *each, found)
+    ]
+
+
+def error_table(predicted: np.ndarray, gold: np.ndarray) -> list[dict]:
+    """Where micro F1 is won and lost. A relation taken for another is a false positive and a false negative."""
+    hits = (predicted == gold) & (gold != 0)
+    spurious, missed = (gold == 0) & (predicted != 0), (gold != 0) & (predicted == 0)
+    confused = (gold != 0) & (predicted != 0) & ~hits
+    lines = {
+        "relations found (TP)": hits,
+        "a relation where there is none": spurious,
+        "a relation missed": missed,
+        "a relation taken for another": confused,
+        "false positives (FP)": spurious | confused,
+        "false negatives (FN)": missed | confused,
+    }
+    return [{"what": what, "rows": int(which.sum()), "%": 100 * which.mean()} for what, which in lines.items()]
+
+
+def confusion_matrix(predicted: np.ndarray, gold: np.ndarray, n_labels: int) -> np.ndarray:
+    """Rows by true (first axis) and predicted class."""
+    return np.bincount(gold * n_labels + predicted, minlength=n_labels**2).reshape(n_labels, n_labels)
+
+
+def confusion_table(predicted: np.ndarray, gold: np.ndarray, labels: list[str], n: int = 15) -> list[dict]:
+    """The n most frequent pairs of true and predicted label that differ."""
+    pairs = Counter((g, p) for g, p in zip(gold.tolist(), predicted.tolist()) if g != p)
+    return [{"true": labels[g], "predicted": labels[p], "count": count} for (g, p), count in pairs.most_common(n)]
+
+
+def worst_mistakes(probs: np.ndarray, gold: np.ndarray, n: int = 20) -> list[int]:
+    """The n wrongly predicted rows whose true label got the lowest probability, the worst first."""
+    of_truth = probs[np.arange(len(gold)), gold]
+    wrong = np.flatnonzero(probs.argmax(1) != gold)
+    return wrong[np.argsort(of_truth[wrong], kind="stable")][:n].tolist()
+
+
+def group_table(heading: str, names: list[str], group: np.ndarray, predicted: np.ndarray, gold: np.ndarray):
+    """Micro F1 with its 95 % interval and accuracy of each group of rows; `group` (rows,) numbers the names."""
+    table = []
+    for i in np.unique(group):
+        p, g = predicted[group == i], gold[group == i]
+        value = float(weighted_f1(p, g, np.ones((len(g), 1)))[0])
+        drawn = np.concatenate([weighted_f1(p, g, weights) for weights in bootstrap_weights(len(g))])
+        line = {heading: names[i], "rows": len(g), "relations": int((g != 0).sum()), "micro F1": value}
+        table.append(line | interval(drawn) | {"accuracy": 100 * float((p == g).mean())})
+    return table
+
+
+# --- is one better? ------------------------------------------------------------------------------------------------
+
+
+def compare(a: list[np.ndarray], b: list[np.ndarray], gold: np.ndarray, draws: int = DRAWS):
+    """(table, differences {score: (draws,)}) of B minus A, each side one or more runs' probabilities (rows, classes).
+
+    A paired bootstrap: every draw takes rows with replacement, the same ones for all runs, and of each side's runs as
+    many, with replacement too, and takes the difference of the sides' mean scores. p is twice the share of draws in
+    which the difference is on the other side of 0, or on it. With one run a side nothing is said about seeds: the
+    answer holds for these two models, on rows like these. Few seeds spread less than many would, and so does the
+    interval: trust two or three a side less than it says. Rows count as independent, even those of one sentence.
+    """
+    drawn = [[], []]
+    for weights in bootstrap_weights(len(gold), draws):
+        for side, runs in zip(drawn, (a, b)):
+            side.append([weighted_scores(probs, gold, weights) for probs in runs])
+    random, table, differences = np.random.default_rng(1), [], {}
+    chosen = [random.integers(0, len(runs), (len(runs), draws)) for runs in (a, b)]
+    for name, text in SCORES.items():
+        line, means = {"score": text}, []
+        for title, runs, side, which in zip("AB", (a, b), drawn, chosen):
+            scores = [score(probs, gold)[name] for probs in runs]
+            line[title] = np.mean(scores)
+            if len(runs) > 1:
+                line[f"{title} ± SD"] = np.std(scores, ddof=1)
+            of_runs = np.concatenate([[part[name] for part in parts] for parts in side], 1)  # (runs, draws)
+            means.append(np.take_along_axis(of_runs, which, 0).mean(0))
+        difference = differences[name] = centred(means[1] - means[0], line["B"] - line["A"])
+        beyond = min((difference <= 0).sum(), (difference >= 0).sum())
+        line |= {"B - A": line["B"] - line["A"], **interval(difference)}
+        table.append(line | {"p": min(1.0, 2 * (beyond + 1) / (draws + 1))})
+    return table, differences
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray, gold: np.ndarray) -> dict:
+    """McNemar's exact test for predictions (rows,): rows that only one gets right, and how likely they would be split
+    as unevenly if each were a coin's throw."""
+    only_a, only_b = int(((a == gold) & (b != gold)).sum()), int(((b == gold) & (a != gold)).sum())
+    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return {"only A right": only_a, "only B right": only_b, "p": float(p)}
+
+
+def verdict(line: dict) -> str:
+    """A line of `compare`'s table in words."""
+    better = "B" if line["B - A"] > 0 else "A"
+    text = f"{line['score']}: {better} is ahead by {abs(line['B - A']):.2f} points"
+    bounds = f"95 % of the draws: B - A from {line['from']:.2f} to {line['to']:.2f}, p = {line['p']:.3f}"
+    if line["B - A"] == 0:
+        return f"{line['score']}: no difference"
+    if line["p"] < 0.05:
+        return f"{text}, hardly by luck ({bounds})"
+    return f"{text}, which could be luck ({bounds})"
+
+
+if __name__ == "__main__":
+    # in there this module is imported a second time, under its own name, as data.py is
+    from report import metrics_report
+
+    metrics_report()

@@ -4,6 +4,8 @@
     python train.py --head bilstm                                # KLUE-RE in data/ with klue/roberta-large, one GPU
     torchrun --nproc_per_node=4 train.py --head bilstm           # the same on four; a batch is still 64 sentences
     python train.py --model DIR --lr 1.5e-4 --batch-size 32 --limit 8000
+    python train.py --objective mlm --out runs/tapt              # pre-training on the sentences; then
+    python train.py --model runs/tapt/encoder                    # the encoder that it leaves
     python train.py -h                                           # all settings
 
 A run leaves runs/<name>/: ckpt.pt (the best evaluation's model, all that infer.py needs), valid.csv (its predictions
@@ -54,6 +56,7 @@ from model import (
     save_tensors,
     within_tokens,
 )
+from report import log_evaluation
 from tests.sample.tiny_encoder import make_tiny_encoder
 
 DATA_SEED = 42  # of --limit and the split: runs of several seeds are compared on the same rows
@@ -72,7 +75,8 @@ class Settings:
     """All settings of a run; the command line is made of it, --no-NAME turns a switch off."""
 
     # data
-    data: str = setting("data", "folder with train.csv and test_data.csv (or .json, .jsonl), or the training file")
+    data: str = setting("data", "folder with train.csv and test_data.csv (or .json, .jsonl), the training file, or "
+                        "hub:OWNER/NAME@REVISION[:CONFIG]")  # fmt: skip
     valid: str = setting("", "file to validate on, instead of a split of the training rows; none: train on all of them")
     split: str = setting("test-like", "9:1 with labels as in the test set, or 8:2", "test-like", "stratified")
     folds: int = setting(0, "validate on one of this many folds instead, of whole sentences; 0: none", 0, math.inf)
@@ -196,11 +200,12 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 # --- what is learned ---------------------------------------------------------------------------------------------
 
 
-def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str]]:
-    """(training rows, validation rows, labels), as the settings say; `say` prints what was done."""
+def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str], dict]:
+    """(training rows, validation rows, labels, version of the data), as the settings say; `say` prints what is done."""
     skipped = [] if settings.skip_bad_rows else None
     path = data.data_file(settings.data, "train")
     rows = data.read_rows(path, skipped)
+    version = data.version(path, rows)
     labels = data.find_labels(rows, settings.negative_label)
     rows = data.with_known_labels(rows, labels, skipped)
     say(f"{path}: {len(rows)} rows, {len(labels)} labels")
@@ -224,7 +229,7 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str
         say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
     if not rows or (not valid and settings.valid != "none"):
         raise InputError(f"{path}: {len(rows)} rows to train on and {len(valid)} to validate on, expected some of each")
-    return rows, valid, labels
+    return rows, valid, labels, version
 
 
 def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> torch.Tensor | None:
@@ -245,7 +250,7 @@ class Task:
     """What a run learns: examples, a model for them, a loss and scores. On each process.
 
     lengths, n_targets: tokens of each training example, and predictions that it asks for (N,). hash: of all that the
-    training depends on beside the settings.
+    training depends on beside the settings. about: the data's version and more for summary.json.
     """
 
     def __init__(self, settings: Settings, machine: Machine, say):
@@ -275,7 +280,8 @@ class Relations(Task):
 
     def __init__(self, settings: Settings, machine: Machine, say):
         super().__init__(settings, machine, say)
-        rows, self.valid_rows, self.labels = choose_rows(settings, say)
+        rows, self.valid_rows, self.labels, version = choose_rows(settings, say)
+        self.about = {"version": version, "labels": self.labels}
         template = Template(settings.marker, settings.prompt, settings.type_names)
 
         # rows to token ids
@@ -321,12 +327,18 @@ class Relations(Task):
     def save(self, folder: Path, scores: dict):
         """Writes the model, and its predictions as `evaluate` has made them."""
         about = {"settings": asdict(self.settings), "run": folder.name, "scores": scores}
-        about["data"] = str(data.data_file(self.settings.data, "train").parent.resolve())
+        folder_of_data = data.data_file(self.settings.data, "train").parent
+        about["data"] = self.settings.data if self.about["version"]["revision"] else str(folder_of_data.resolve())
+        about["version"] = self.about["version"]
         save_checkpoint(folder / "ckpt.pt", self.model, self.tokenizer, self.labels, **about)
         if self.valid:
             ids, gold = [row.id for row in self.valid_rows], [row.label for row in self.valid_rows]
             predicted = [self.labels[c] for c in self.probs.argmax(1)]
             data.write_predictions(folder / "valid.csv", ids, predicted, self.probs, gold)
+
+    def log(self, writer: SummaryWriter, step: int):
+        """Shows TensorBoard what `evaluate` has found."""
+        log_evaluation(writer, step, self.probs, self.gold, self.labels, self.valid_rows)
 
     def next_commands(self, folder: Path) -> str:
         return f"  python infer.py {folder / 'ckpt.pt'}\n  python ensemble.py out/*.csv"
@@ -338,7 +350,8 @@ class MaskedTokens(Task):
 
     def __init__(self, settings: Settings, machine: Machine, say):
         super().__init__(settings, machine, say)
-        sentences, valid = choose_sentences(settings, say)
+        sentences, valid, version = choose_sentences(settings, say)
+        self.about = {"version": version}
         self.tokenizer = self.load_tokenizer(sentences)
         if self.tokenizer.mask_token is None:
             raise InputError(f"--objective mlm: the tokenizer of {settings.model} has no token to mask with")
@@ -386,6 +399,9 @@ class MaskedTokens(Task):
     def describe(self, scores: dict) -> str:
         return "masked tokens: loss {loss:.4f}  perplexity {perplexity:.2f}".format(**scores)
 
+    def log(self, writer: SummaryWriter, step: int):
+        pass  # its scores say all
+
     def save(self, folder: Path, scores: dict):
         save_encoder(folder / "encoder", self.model, self.tokenizer)
 
@@ -393,13 +409,14 @@ class MaskedTokens(Task):
         return f"  python train.py --model {folder / 'encoder'}"
 
 
-def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str]]:
-    """(training sentences, held-out sentences): those to train and to predict on, each once."""
+def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dict]:
+    """(training sentences, held-out sentences, version of the data): those to train and to predict on, each once."""
     skipped = [] if settings.skip_bad_rows else None
     paths = [data.data_file(settings.data, "train")]
-    if any(Path(settings.data).glob("test_data.*")):
+    if settings.data.startswith("hub:") or any(Path(settings.data).glob("test_data.*")):
         paths.append(data.data_file(settings.data, "test_data"))
-    sentences = list(dict.fromkeys(row.sentence for path in paths for row in data.read_rows(path, skipped)))
+    rows = [row for path in paths for row in data.read_rows(path, skipped)]
+    version, sentences = data.version(paths[0], rows), list(dict.fromkeys(row.sentence for row in rows))
     say(f"{' and '.join(map(str, paths))}: {len(sentences)} sentences")
     sentences = [sentences[i] for i in np.random.default_rng(DATA_SEED).permutation(len(sentences))]
     sentences = sentences[: settings.limit or None]
@@ -408,10 +425,11 @@ def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str]]:
         valid, sentences = sentences[:n_valid], sentences[n_valid:]
     else:
         valid = list(dict.fromkeys(row.sentence for row in data.read_rows(settings.valid, skipped)))
-        sentences = [sentence for sentence in sentences if sentence not in set(valid)]
+        held_out = set(valid)
+        sentences = [sentence for sentence in sentences if sentence not in held_out]
     if not sentences:
         raise InputError(f"{paths[0]}: no sentences to train on beside those held out")
-    return sentences, valid
+    return sentences, valid, version
 
 
 # --- the optimiser -----------------------------------------------------------------------------------------------
@@ -592,6 +610,8 @@ def train(settings: Settings, machine: Machine) -> dict:
         scores = task.evaluate(max_tokens)
         if scores:
             say(f"step {progress.step}: {task.describe(scores)}")
+            if is_first:
+                task.log(writer, progress.step)
             progress.evaluations.append(scores | {"step": progress.step})
         progress.without_gain += 1
         if not scores or progress.best is None or task.merit(scores) > task.merit(progress.best):
@@ -607,6 +627,8 @@ def train(settings: Settings, machine: Machine) -> dict:
     batches, max_tokens, stop = [], settings.max_tokens, StopSignal()
     purge_step = progress.step + 1 if progress.step else None  # what a killed run has written beyond
     writer = SummaryWriter(folder, purge_step=purge_step) if is_first else None
+    if is_first:
+        writer.add_text("data", f"{settings.data} {task.about['version']}")
     interval = 0.5 if sys.stderr.isatty() else 60  # a log file needs few lines
     # since the loss was last read: the sum of the losses and, of steps that were not finite, their number; in a row
     loss_sum, bad, bad_in_a_row = torch.zeros(3, device=machine.device).unbind()
@@ -667,7 +689,7 @@ def train(settings: Settings, machine: Machine) -> dict:
                 for name, value in shown.items():
                     writer.add_scalar(name if "/" in name else f"train/{name}", value, progress.step)
                 if evaluating:
-                    write_summary(folder, settings, progress, finished=False)
+                    write_summary(folder, settings, progress, task, finished=False)
                 if saving:
                     save_progress(folder, settings, task.hash, progress, parts)
             if stopping:
@@ -681,8 +703,8 @@ def train(settings: Settings, machine: Machine) -> dict:
     return progress.best
 
 
-def write_summary(folder: Path, settings: Settings, progress: Progress, finished: bool):
-    summary = {"run": folder.name, "finished": finished, **asdict(progress), "settings": asdict(settings)}
+def write_summary(folder: Path, settings: Settings, progress: Progress, task: Task, finished: bool):
+    summary = {"run": folder.name, "finished": finished, **asdict(progress), "settings": asdict(settings), **task.about}
     with atomic_write(folder / "summary.json") as file:
         json.dump(summary, file, ensure_ascii=False, indent=1)
 
@@ -690,9 +712,10 @@ def write_summary(folder: Path, settings: Settings, progress: Progress, finished
 def finish(folder: Path, settings: Settings, progress: Progress, task: Task, writer: SummaryWriter):
     """Writes summary.json and the settings for TensorBoard's HPARAMS, and says what there is and how to go on."""
     scores = {f"best/{name}": value for name, value in progress.best.items() if name not in ("absent", "step")}
-    writer.add_hparams(asdict(settings), scores, run_name=".")
+    compared = {name: value for name, value in asdict(settings).items() if name not in NOT_OPTIMISATION}
+    writer.add_hparams(compared, scores, run_name=".")
     writer.close()
-    write_summary(folder, settings, progress, finished=True)
+    write_summary(folder, settings, progress, task, finished=True)
     if scores:
         print(f"\n{task.describe(progress.best)}\nat step {progress.best['step']} of {progress.step}, on held-out rows")
     print(

@@ -1,5 +1,7 @@
 """Reading, cleaning, splitting, templates and tokens."""
 
+import ast
+import csv
 import json
 from collections import Counter
 
@@ -16,14 +18,21 @@ from data import (
     Template,
     atomic_write,
     clean,
+    count_table,
+    cross_table,
     find_labels,
     fold,
+    length_table,
     particle,
     read_rows,
+    repeat_table,
+    shared_table,
     split,
+    type_pair,
     with_known_labels,
 )
 from model import encode, load_tokenizer
+from tests.conftest import SAMPLE
 
 SENTENCE = "〈Something〉는 조지 해리슨이 쓰고 비틀즈가 1969년 앨범 《Abbey Road》에 담은 노래다."
 BEATLES = Row(
@@ -478,3 +487,50 @@ def test_reading_the_sample_takes_every_row(rows):
     assert len(rows) > 1400
     assert set(Counter(r.label for r in rows)) == set(KLUE_LABELS)
     assert np.all([r.sentence[r.subject.start : r.subject.end + 1] == r.subject.word for r in rows])
+
+
+# --- what is in a file -------------------------------------------------------------------------------------------
+
+
+def repeats_counted_from_the_file(path):
+    """The rows beyond the first of each group, counted from the cells: sentence, with object, subject, both, label."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        cells = [(r["sentence"], r["object_entity"], r["subject_entity"], r["label"]) for r in csv.DictReader(file)]
+    entity = {text: tuple(sorted(ast.literal_eval(text).items())) for row in cells for text in row[1:3]}
+    rows = [(sentence, entity[object], entity[subject], label) for sentence, object, subject, label in cells]
+    parts = [[0], [0, 1], [0, 2], [0, 1, 2], [0, 1, 2, 3]]
+    return [sum(n - 1 for n in Counter(tuple(row[i] for i in part) for row in rows).values()) for part in parts]
+
+
+def test_repeats_are_counted_beyond_the_first(rows):
+    counted = [line["sample"] for line in repeat_table({"sample": rows})]
+    assert counted == repeats_counted_from_the_file(SAMPLE / "train.csv")
+    first = row("김은 이를 만났다", "김", "이")
+    other_type = row("김은 이를 만났다", "김", "이", types=("ORG", "PER"))
+    other_object = row("김은 이를 만났다", "김", "만")
+    alike = {"f": [first, first, first._replace(label="per:spouse"), other_type, other_object]}
+    assert [line["f"] for line in repeat_table(alike)] == [4, 2, 3, 2, 1]
+
+
+def test_tables_of_labels_types_and_shared_rows():
+    a = [row("김은 이를 만났다", "김", "이"), row("박은 최를 안다", "박", "최", "per:spouse")]
+    b = [row("김은 이를 만났다", "김", "만", "per:spouse"), row("모두 다르다", "모", "다")]
+    table = count_table({"a": [*a, a[0]], "b": b}, "label", lambda r: r.label)
+    assert table[0] == {"label": "no_relation", "a": 2, "a %": pytest.approx(200 / 3), "b": 1, "b %": 50}
+    assert [line["label"] for line in table] == ["no_relation", "per:spouse"]
+    assert cross_table(a) == [
+        {"label": "no_relation", "PER-ORG": 1},
+        {"label": "per:spouse", "PER-ORG": 1},
+    ]
+    untyped = a[0]._replace(subject=a[0].subject._replace(type=None), label=None)
+    assert type_pair(untyped) == "(none)-ORG"
+    assert cross_table([untyped])[0]["label"] == "(none)"
+    shared = shared_table({"a": [*a, a[0]], "b": b})
+    assert [tuple(line.values())[1:] for line in shared] == [(1, 2, 1), (0, 0, 0), (1, 2, 1), (0, 0, 0)]
+
+
+def test_lengths_are_summed_up():
+    table = length_table({"f": np.arange(1, 102)}, 100)
+    assert [(line["tokens"], line["f"]) for line in table] == [
+        ("mean", 51), ("50 %", 51), ("90 %", 91), ("95 %", 96), ("99 %", 100), ("max", 101), ("over 100", 1)
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data import KLUE_LABELS, write_predictions
-from ensemble import read_submission
+from metrics import read_predictions
 from tests.conftest import SAMPLE
 
 
@@ -43,7 +43,7 @@ def test_demo_then_infer_then_ensemble(run, tmp_path):
     # two processes write the same file
     run("infer.py", "runs/demo/ckpt.pt", "--out", "two/demo.csv", "--amp", "off", processes=2)
     run("infer.py", "runs/demo/ckpt.pt", "--out", "one/demo.csv", "--amp", "off", "--max-tokens", "100")
-    one, two = read_submission(str(tmp_path / "one/demo.csv")), read_submission(str(tmp_path / "two/demo.csv"))
+    one, two = read_predictions(str(tmp_path / "one/demo.csv")), read_predictions(str(tmp_path / "two/demo.csv"))
     assert (one.ids, one.predicted) == (two.ids, two.predicted)
     np.testing.assert_allclose(one.probs, two.probs, atol=1e-5)
 
@@ -96,17 +96,17 @@ def three(tmp_path):
 
 def test_hard_and_soft_votes(run, three, tmp_path):
     done = run("ensemble.py", *three)
-    hard = read_submission(str(tmp_path / "submission.csv"))
+    hard = read_predictions(str(tmp_path / "submission.csv"))
     # row 0: two of three; row 1: a tie of three, won by the highest summed probability (class 3: 0.4 + 0.9 + 0.2)
     assert hard.predicted == [KLUE_LABELS[1], KLUE_LABELS[3], KLUE_LABELS[5]]
     np.testing.assert_allclose(hard.probs[0][:2], [1 / 3, 2 / 3])
     assert "66.7" in done.stdout
     run("ensemble.py", *three, "--soft", "--out", "soft.csv")
-    soft = read_submission(str(tmp_path / "soft.csv"))
+    soft = read_predictions(str(tmp_path / "soft.csv"))
     assert soft.predicted == [KLUE_LABELS[0], KLUE_LABELS[3], KLUE_LABELS[5]]
     np.testing.assert_allclose(soft.probs[0][:2], [1.7 / 3, 1.3 / 3])
     run("ensemble.py", *three, "--weights", "3", "1", "1", "--out", "weighted.csv")
-    weighted = read_submission(str(tmp_path / "weighted.csv"))
+    weighted = read_predictions(str(tmp_path / "weighted.csv"))
     assert weighted.predicted[0] == KLUE_LABELS[0]
     np.testing.assert_allclose(weighted.probs[0][:2], [0.6, 0.4])
 

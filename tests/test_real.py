@@ -8,8 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from data import KLUE_LABELS, Template, clean, find_labels, read_rows, split, with_known_labels
+from data import (
+    KLUE_LABELS,
+    Template,
+    clean,
+    count_table,
+    find_labels,
+    read_rows,
+    repeat_table,
+    shared_table,
+    split,
+    with_known_labels,
+)
 from model import encode, load_tokenizer
+from tests.test_data import repeats_counted_from_the_file
 
 KLUE_RE, RE_ENCODER = os.environ.get("KLUE_RE"), os.environ.get("RE_ENCODER")
 needs_data = pytest.mark.skipif(not KLUE_RE, reason="KLUE_RE is not set")
@@ -32,6 +44,25 @@ def test_klue_re_is_read_cleaned_and_split_as_the_report_did():
     test = read_rows(Path(KLUE_RE) / "test_data.csv")
     assert len(test) == 7765
     assert {row.label for row in test} == {None}
+
+
+@needs_data
+def test_tables_of_klue_re_match_the_report_and_a_count():
+    path = Path(KLUE_RE) / "train.csv"
+    files = {"train": read_rows(path), "test": read_rows(Path(KLUE_RE) / "test_data.csv")}
+    repeats = [line["train"] for line in repeat_table(files)]
+    assert repeats == [3667, 877, 1263, 47, 42]
+    assert repeats == repeats_counted_from_the_file(path)
+    with open(path, encoding="utf-8", newline="") as file:
+        cells = list(csv.DictReader(file))
+    with open(Path(KLUE_RE) / "test_data.csv", encoding="utf-8", newline="") as file:
+        sentences = {record["sentence"] for record in csv.DictReader(file)}
+    for column in ("label", "source"):
+        table = count_table(files, column, lambda row, column=column: getattr(row, column))
+        assert {line[column]: line["train"] for line in table if line["train"]} == Counter(r[column] for r in cells)
+    shared = shared_table(files)[0]
+    assert shared["different"] == len(sentences & {record["sentence"] for record in cells})
+    assert shared["rows of train"] == sum(record["sentence"] in sentences for record in cells)
 
 
 @needs_both
