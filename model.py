@@ -1,8 +1,9 @@
 """The model: tokens in flat batches, an encoder, a head that reads the relation off its states, their checkpoint.
 
 Sentences lie end to end, so no token is padding. Encoders built on transformers' attention interface (BERT, RoBERTa,
-XLM-R, ELECTRA, ModernBERT, ...) run on that as they are: `flat_attention`, registered there under the name "flat",
-lets each sentence attend to itself alone. The others (DeBERTa-v2) are padded inside `RelationModel`.
+XLM-R, ELECTRA, ModernBERT, ...; decoders such as GPT-2 and Llama too) run on that as they are: `flat_attention`,
+registered there under the name "flat", lets each sentence attend to itself alone. The others (DeBERTa-v2) are padded
+inside `FlatEncoder`, on which `RelationModel` and, for pre-training, `MaskedLanguageModel` are built.
 
     tokenizer, encoder = load_tokenizer("klue/roberta-large"), load_encoder("klue/roberta-large")
     model = RelationModel(encoder, n_labels=30, head="bilstm")
