@@ -200,14 +200,18 @@ def main():
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        study_name=folder.name,
-        storage=arguments.storage or f"sqlite:///{folder / 'study.db'}",
-        sampler=optuna.samplers.TPESampler(constant_liar=True),  # machines that try at the same time try other things
-        pruner=optuna.pruners.MedianPruner(),
-        direction="maximize",
-        load_if_exists=True,
-    )
+    try:
+        study = optuna.create_study(
+            study_name=folder.name,
+            storage=arguments.storage or f"sqlite:///{folder / 'study.db'}",
+            sampler=optuna.samplers.TPESampler(constant_liar=True),  # machines at work together try different things
+            pruner=optuna.pruners.MedianPruner(),
+            direction="maximize",
+            load_if_exists=True,
+        )
+    except Exception as error:  # of many kinds: the database's, its driver's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"--storage: the study {folder.name} cannot be opened: {reason}") from error
     made_with = {"space": space, "arguments": arguments.arguments}
     if study.user_attrs.get("made_with", made_with) != made_with:
         raise InputError(f"{folder}: holds a sweep with another space or other arguments; name another --out")
