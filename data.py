@@ -227,9 +227,11 @@ def _hub_records(path: Path):
     name, revision, config = found.groups()
     try:
         import datasets
+        import huggingface_hub
     except ImportError as error:
         raise InputError("--data hub:... needs the package datasets: pip install datasets") from error
     datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each of its tries
     try:
         splits = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # of many kinds: the hub's, the network's, the files'
