@@ -243,8 +243,8 @@ def _hub_records(path: Path):
     label = splits[split].features.get("label")
     for number, record in enumerate(splits[split], 1):
         if isinstance(label, datasets.ClassLabel):
-            known = 0 <= (record["label"] if record["label"] is not None else -1) < label.num_classes
-            record["label"] = label.int2str(record["label"]) if known else None  # -1: not told
+            told = record["label"] not in (None, -1)
+            record["label"] = label.int2str(record["label"]) if told else None
         yield number, {"id": record.get("guid"), **record}
 
 
