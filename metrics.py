@@ -207,10 +207,10 @@ def bootstrap(probs: np.ndarray, gold: np.ndarray, draws: int = DRAWS) -> dict[s
     return {name: np.concatenate([part[name] for part in parts]) for name in SCORES}
 
 
-def centred(drawn: np.ndarray, value: float) -> np.ndarray:
-    """What was drawn, moved so that its mean is `value`, what was seen. The AUPRC of drawn samples runs high: repeated
-    rows rank together, and labels of which no row was drawn, rare and hard ones, are left out."""
-    return drawn - drawn.mean() + value
+def centred(name: str, drawn: np.ndarray, value: float) -> np.ndarray:
+    """What was drawn of a score; of the AUPRC moved so that the mean is `value`, what was seen. Drawn samples have it
+    too high: repeated rows rank together, and labels of which no row was drawn, rare and hard ones, are left out."""
+    return drawn - drawn.mean() + value if name == "auprc" else drawn
 
 
 def interval(drawn: np.ndarray) -> dict[str, float]:
@@ -227,15 +227,16 @@ def score_table(probs: np.ndarray, gold: np.ndarray) -> list[dict]:
     """The three scores with their 95 % intervals."""
     scores, drawn = score(probs, gold), bootstrap(probs, gold)
     return [
-        {"score": text, "value": scores[name], **interval(centred(drawn[name], scores[name]))}
+        {"score": text, "value": scores[name], **interval(centred(name, drawn[name], scores[name]))}
         for name, text in SCORES.items()
     ]
 
 
 def label_table(predicted: np.ndarray, gold: np.ndarray, labels: list[str]) -> list[dict]:
-    """Precision, recall and F1 in per cent, rows and predictions of each label, in the labels' order."""
+    """Precision, recall and F1 in per cent (NaN where there is nothing to divide by), rows and predictions of each
+    label, in the labels' order."""
     classes = range(len(labels))
-    each = precision_recall_fscore_support(gold, predicted, labels=classes, zero_division=0)
+    each = precision_recall_fscore_support(gold, predicted, labels=classes, zero_division=np.nan)
     found = np.bincount(predicted, minlength=len(labels))
     return [
         {"label": label, "precision": 100 * p, "recall": 100 * r, "F1": 100 * f1, "rows": int(n), "predicted": int(m)}
@@ -278,14 +279,17 @@ def worst_mistakes(probs: np.ndarray, gold: np.ndarray, n: int = 20) -> list[int
 
 
 def group_table(heading: str, names: list[str], group: np.ndarray, predicted: np.ndarray, gold: np.ndarray):
-    """Micro F1 with its 95 % interval and accuracy of each group of rows; `group` (rows,) numbers the names."""
+    """Micro F1 with its 95 % interval and accuracy of each group of rows; `group` (rows,) numbers the names. F1 is NaN
+    where there is no relation, true or predicted."""
     table = []
     for i in np.unique(group):
         p, g = predicted[group == i], gold[group == i]
-        value = float(weighted_f1(p, g, np.ones((len(g), 1)))[0])
-        drawn = np.concatenate([weighted_f1(p, g, weights) for weights in bootstrap_weights(len(g))])
-        line = {heading: names[i], "rows": len(g), "relations": int((g != 0).sum()), "micro F1": value}
-        table.append(line | interval(drawn) | {"accuracy": 100 * float((p == g).mean())})
+        line = {heading: names[i], "rows": len(g), "relations": int((g != 0).sum())}
+        line |= dict.fromkeys(("micro F1", "from", "to"), math.nan)
+        if (p != 0).any() or (g != 0).any():
+            drawn = np.concatenate([weighted_f1(p, g, weights) for weights in bootstrap_weights(len(g))])
+            line |= {"micro F1": float(weighted_f1(p, g, np.ones((len(g), 1)))[0]), **interval(drawn)}
+        table.append(line | {"accuracy": 100 * float((p == g).mean())})
     return table
 
 
@@ -316,7 +320,7 @@ def compare(a: list[np.ndarray], b: list[np.ndarray], gold: np.ndarray, draws: i
                 line[f"{title} ± SD"] = np.std(scores, ddof=1)
             of_runs = np.concatenate([[part[name] for part in parts] for parts in side], 1)  # (runs, draws)
             means.append(np.take_along_axis(of_runs, which, 0).mean(0))
-        difference = differences[name] = centred(means[1] - means[0], line["B"] - line["A"])
+        difference = differences[name] = centred(name, means[1] - means[0], line["B"] - line["A"])
         beyond = min((difference <= 0).sum(), (difference >= 0).sum())
         line |= {"B - A": line["B"] - line["A"], **interval(difference)}
         table.append(line | {"p": min(1.0, 2 * (beyond + 1) / (draws + 1))})

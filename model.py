@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
@@ -353,6 +354,12 @@ def load_tokenizer(name: str):
     if not tokenizer.is_fast:
         raise InputError(f"--model {name}: its tokenizer has no fast version, which tells where in the text tokens are")
     return tokenizer
+
+
+def add_markers(tokenizer, template: Template, rows: list[Row]):
+    """Makes the markers that need it tokens of their own, for the entity types of these rows."""
+    types = {entity.type for row in rows for entity in (row.subject, row.object) if entity.type}
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
 
 
 def _cannot_load(name: str, error: Exception) -> InputError:

@@ -28,13 +28,14 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from sklearn.metrics import precision_recall_curve
+from sklearn.metrics import auc, precision_recall_curve
 
 import data
 import metrics
 from data import InputError, Row, Template, atomic_write
 
 CASES = 10  # rows that a section shows in the terminal; the page shows all
+BARS = 50  # lines of a table that a figure shows
 COLOURS = ("#3566a8", "#d9822b")  # of the first and the second file
 
 
@@ -54,7 +55,7 @@ class Section(NamedTuple):
 def shown(value) -> str:
     """A cell as text of one line: numbers with few digits, nothing that a terminal would take for a command."""
     if isinstance(value, (float, np.floating)):
-        return f"{value:.2f}"
+        return "–" if np.isnan(value) else f"{value:.2f}"
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     return "".join(c if c.isprintable() else " " for c in str(value))
@@ -124,10 +125,10 @@ def drawable(names: list[str]) -> list[str]:
     return out
 
 
-def new_figure(width: float, height: float, **grid):
+def new_figure(width: float, height: float, layout: str | None = "constrained", **grid):
     """A figure in inches and its axes, with what the figures have in common."""
     drawable_characters()
-    figure = Figure((width, height), dpi=100, layout="constrained")
+    figure = Figure((width, height), dpi=100, layout=layout)
     axes = figure.subplots(**grid)
     for axis in np.ravel(axes):
         axis.spines[["top", "right"]].set_visible(False)
@@ -136,9 +137,11 @@ def new_figure(width: float, height: float, **grid):
 
 
 def bar_figure(table: list[dict], columns: list[str], x_label: str) -> Figure:
-    """Bars for some columns of a table, one group a line, with whiskers where the table has "from" and "to"."""
+    """Bars for some columns of a table, one group a line, with whiskers where the table has "from" and "to"; of a long
+    table the first lines."""
+    table = table[:BARS]
     names = drawable([line[next(iter(line))] for line in table])
-    figure, axis = new_figure(7.5, 0.9 + len(table) * (0.12 + 0.16 * len(columns)))
+    figure, axis = new_figure(6.6, 0.9 + len(table) * (0.12 + 0.14 * len(columns)))
     at, thickness = np.arange(len(table)), 0.8 / len(columns)
     for i, (column, title) in enumerate(zip(columns, drawable(columns))):
         values = np.array([line[column] for line in table])
@@ -148,9 +151,7 @@ def bar_figure(table: list[dict], columns: list[str], x_label: str) -> Figure:
             whiskers = np.abs(values - np.array([(line["from"], line["to"]) for line in table]).T)
             axis.errorbar(values, place, xerr=whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
         else:
-            axis.bar_label(
-                bars, [f"{v:,}" if isinstance(v, np.integer) else f"{v:.1f}" for v in values], fontsize=7, padding=2
-            )
+            axis.bar_label(bars, list(map(shown, values)), fontsize=7, padding=2)
     axis.set_yticks(at, names)
     axis.set_ylim(len(table) - 0.4, -0.6)
     axis.margins(x=0.1)
@@ -165,18 +166,17 @@ def heat_figure(counts: np.ndarray, y_names: list[str], x_names: list[str], y_la
     width, height = 2.6 + 0.36 * len(x_names), 2 + 0.3 * len(y_names)
     figure, axis = new_figure(max(width, 4.5), height)
     most = max(counts.max(), 2)
-    axis.imshow(np.ma.masked_equal(counts, 0), cmap="Blues", norm=LogNorm(0.7, most), aspect="auto")
+    masked = np.ma.masked_equal(counts, 0)
+    axis.pcolormesh(masked, cmap="Blues", norm=LogNorm(0.7, most), edgecolors="#dddddd", linewidth=0.5)
     for y, x in np.argwhere(counts):
         colour = "white" if counts[y, x] > most**0.6 else "black"
-        axis.text(x, y, f"{counts[y, x]}", ha="center", va="center", fontsize=7, color=colour)
-    axis.set_yticks(range(len(y_names)), drawable(y_names))
-    axis.set_xticks(range(len(x_names)), drawable(x_names), rotation=60, ha="right", rotation_mode="anchor")
+        place = {"ha": "center", "va": "center", "clip_on": True}  # clipped: the layout need not look at it
+        axis.text(x + 0.5, y + 0.5, f"{counts[y, x]}", fontsize=7, color=colour, **place)
+    axis.set_ylim(len(y_names), 0)
+    axis.set_yticks(np.arange(len(y_names)) + 0.5, drawable(y_names))
+    axis.set_xticks(np.arange(len(x_names)) + 0.5, drawable(x_names), rotation=60, ha="right", rotation_mode="anchor")
     axis.set_ylabel(y_label, fontsize=9)
     axis.set_xlabel(x_label, fontsize=9)
-    axis.set_xticks(np.arange(len(x_names)) - 0.5, minor=True)
-    axis.set_yticks(np.arange(len(y_names)) - 0.5, minor=True)
-    axis.grid(which="minor", color="#dddddd", linewidth=0.5)
-    axis.tick_params(which="minor", length=0)
     return figure
 
 
@@ -191,24 +191,27 @@ def curves_figure(probs: np.ndarray, gold: np.ndarray, labels: list[str]) -> Fig
     counts = np.bincount(gold, minlength=len(labels))
     present = [c for c in np.argsort(-counts, kind="stable") if counts[c]]
     n_rows = -(-len(present) // 5)
-    figure, axes = new_figure(12, 0.5 + 1.9 * n_rows, nrows=n_rows, ncols=5, sharex=True, sharey=True, squeeze=False)
+    height = 0.8 + 2 * n_rows
+    figure, axes = new_figure(12, height, None, nrows=n_rows, ncols=5, sharex=True, sharey=True, squeeze=False)
+    # by hand: laying out as many plots takes seconds
+    figure.subplots_adjust(0.05, 0.5 / height, 0.99, 1 - 0.4 / height, wspace=0.08, hspace=0.35)
     names = drawable(labels)
     for axis, c in zip(axes.flat, present):
         precision, recall, _ = precision_recall_curve(gold == c, probs[:, c])
-        area = 100 * metrics.auc(recall, precision)
+        area = 100 * auc(recall, precision)
         axis.fill_between(recall, precision, color=COLOURS[0], alpha=0.2)
         axis.plot(recall, precision, color=COLOURS[0], linewidth=1.2)
         axis.set_title(f"{names[c]}\narea {area:.1f}, {counts[c]} rows", fontsize=8)
     for axis in axes.flat[len(present) :]:
         axis.set_visible(False)
     figure.supxlabel("recall", fontsize=9)
-    figure.supylabel("precision", fontsize=9)
+    figure.supylabel("precision", fontsize=9, x=0.003)
     return figure
 
 
 def length_figure(lengths: dict[str, np.ndarray], limit: int) -> Figure:
     """The files' lengths as histograms, and the limit."""
-    figure, axis = new_figure(7.5, 3.2)
+    figure, axis = new_figure(6.6, 3.2)
     edges = np.linspace(0, max(limit, *(n.max() for n in lengths.values())) + 1, 60)
     for colour, title, n in zip(COLOURS, drawable(list(lengths)), lengths.values()):
         axis.hist(n, edges, weights=np.full(len(n), 100 / len(n)), alpha=0.5, color=colour, label=title)
@@ -236,10 +239,11 @@ def difference_figure(table: list[dict], differences: dict[str, np.ndarray]) -> 
 # --- the page ----------------------------------------------------------------------------------------------------
 
 STYLE = """
-body { margin: 0 auto; padding: 1rem; max-width: 1300px; font: 15px/1.5 system-ui, "Noto Sans KR", "NanumGothic",
+body { margin: 0 auto; padding: 1rem; max-width: 1360px; font: 15px/1.5 system-ui, "Noto Sans KR", "NanumGothic",
   "Malgun Gothic", sans-serif; color: #222; background: #fff; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
-nav a { display: inline-block; margin-right: 1rem } a { color: #3566a8 } p { margin: .3rem 0; max-width: 75ch }
+nav a { display: inline-block; margin-right: 1rem } a { color: #3566a8 }
+p { margin: .3rem 0; max-width: 80ch; white-space: pre-line }
 .row { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start }
 .box { overflow-x: auto; max-width: 100% } img { display: block }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; overflow-wrap: normal }
@@ -288,11 +292,10 @@ def html_page(title: str, sections: list[Section], images: list[bytes | None]) -
             sentence = f"<br>{html_sentence(row)}" if row else ""
             body += f'<div class="case"><b>{html.escape(shown(line))}</b>{sentence}</div>\n'
         body += "</section>\n"
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    )
-    head += f"<style>{STYLE}</style>"
-    text = f"<h1>{html.escape(title)}</h1>\n<nav>{links}</nav>\n{body}"
+    title = html.escape(title)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{title}</title><style>{STYLE}</style>"
+    text = f"<h1>{title}</h1>\n<nav>{links}</nav>\n{body}"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{text}</body></html>\n'
 
 
@@ -301,7 +304,8 @@ def write_report(title: str, sections: list[Section], out: Path):
     images = []
     print(title)
     for section in sections:
-        print(f"\n## {section.title}")
+        if section.table or section.cases:
+            print(f"\n## {section.title}")
         if section.note:
             print(section.note)
         if section.table:
@@ -315,9 +319,8 @@ def write_report(title: str, sections: list[Section], out: Path):
             buffer = io.BytesIO()
             section.figure.savefig(buffer, format="png")
             images[-1] = buffer.getvalue()
-            with atomic_write(
-                out / f"{re.sub(r'[^a-z0-9]+', '-', section.title.lower()).strip('-')}.png", "wb"
-            ) as file:
+            name = re.sub(r"\W+", "-", section.title.lower())
+            with atomic_write(out / f"{name}.png", "wb") as file:
                 file.write(images[-1])
     with atomic_write(out / "index.html") as file:
         file.write(html_page(title, sections, images))
@@ -356,32 +359,40 @@ def short_names(paths: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else paths
 
 
-def token_lengths(rows: list[Row], template: Template, tokenizer) -> np.ndarray:
+def token_lengths(files: dict[str, list[Row]], template: Template, model: str) -> dict[str, np.ndarray]:
     """How many tokens `model.encode` makes of each row if it cuts none, in half its time."""
-    rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
-    before, text, after = ([r[i] for r in rendered] for i in range(3))
-    segments = [before, text] if any(before) else [text]
-    counts = np.array([len(ids) for ids in tokenizer(*segments, return_attention_mask=False)["input_ids"]])
-    if any(after):
-        counts += [len(ids) for ids in tokenizer(after, add_special_tokens=False)["input_ids"]]
-    return counts
+    from model import add_markers, load_tokenizer  # torch takes seconds to load: only when tokens are counted
 
-
-def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | None, limit: int) -> list[Section]:
-    """The parts of the report on one or two files; `lengths` in tokens, if they were counted."""
-    names, sections = list(files), []
-    shares = [f"{name} %" for name in names]
-    values = {
-        "label": lambda row: row.label,
-        "source": lambda row: row.source,
-        "type of the subject": lambda row: row.subject.type,
-        "type of the object": lambda row: row.object.type,
-        "types of subject and object": data.type_pair,
-    }
-    for heading, value in values.items():
-        table = data.count_table(files, heading, value)
-        sections.append(Section(f"By {heading}", "", table, bar_figure(table, shares, "% of the rows")))
+    tokenizer, lengths = load_tokenizer(model), {}
     for name, rows in files.items():
+        add_markers(tokenizer, template, rows)
+        rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
+        before, text, after = ([r[i] for r in rendered] for i in range(3))
+        segments = [before, text] if any(before) else [text]
+        counts = np.array([len(ids) for ids in tokenizer(*segments, return_attention_mask=False)["input_ids"]])
+        if any(after):
+            counts += [len(ids) for ids in tokenizer(after, add_special_tokens=False)["input_ids"]]
+        lengths[name] = counts
+    return lengths
+
+
+def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | None, how: str, limit: int):
+    """The parts of the report on one or two files; `lengths` in tokens if they were counted, and of what."""
+    names, sections = list(files), []
+    labelled = {name: rows for name, rows in files.items() if any(row.label for row in rows)}
+    columns = {
+        "label": (labelled, lambda row: row.label),
+        "source": (files, lambda row: row.source),
+        "type of the subject": (files, lambda row: row.subject.type),
+        "type of the object": (files, lambda row: row.object.type),
+        "types of subject and object": (files, data.type_pair),
+    }
+    for heading, (of_files, value) in columns.items():
+        if of_files:
+            table = data.count_table(of_files, heading, value)
+            figure = bar_figure(table, [f"{name} %" for name in of_files], "% of the rows")
+            sections.append(Section(f"By {heading}", "", table, figure))
+    for name, rows in labelled.items():
         table = data.cross_table(rows)
         pairs = list(table[0])[1:]
         matrix = np.array([[line[pair] for pair in pairs] for line in table])
@@ -397,7 +408,7 @@ def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | 
         sections.append(Section("Shared by both files", "", table, figure))
     if lengths:
         table = data.length_table(lengths, limit)
-        sections.append(Section("Lengths in tokens", "", table, length_figure(lengths, limit)))
+        sections.append(Section("Lengths in tokens", how, table, length_figure(lengths, limit)))
     return sections
 
 
@@ -412,14 +423,11 @@ def data_report():
         data.download(Path(arguments.out or "data"), arguments.download)
         return
     files = dict(zip(short_names(arguments.files), map(data.read_rows, arguments.files)))
-    lengths = None
+    lengths, how = None, f"{arguments.model}, --marker {arguments.marker}, --prompt {arguments.prompt}"
     if arguments.model:
-        from model import load_tokenizer  # torch takes seconds to load: only when tokens are counted
-
-        tokenizer = load_tokenizer(arguments.model)
         template = Template(arguments.marker, arguments.prompt, arguments.type_names)
-        lengths = {name: token_lengths(rows, template, tokenizer) for name, rows in files.items()}
-    sections = data_sections(files, lengths, arguments.max_length)
+        lengths = token_lengths(files, template, arguments.model)
+    sections = data_sections(files, lengths, how, arguments.max_length)
     title = ", ".join(f"{name}: {len(rows):,} rows" for name, rows in files.items())
     write_report(title, sections, Path(arguments.out or "runs/eda"))
     if not lengths:
@@ -437,9 +445,9 @@ def metrics_arguments() -> argparse.Namespace:
     parser.add_argument("--gold", help="the file with the rows, their sentences and labels; a run's own is found")
     parser.add_argument("--out", help="folder for figures and page (FILE without .csv; of a comparison runs/compare)")
     arguments = parser.parse_args()
-    if not (len(arguments.files) in (1, 2) and not arguments.a + arguments.b) and not (
-        arguments.a and arguments.b and not arguments.files
-    ):
+    of_files = len(arguments.files) in (1, 2) and not (arguments.a or arguments.b)
+    of_sides = arguments.a and arguments.b and not arguments.files
+    if not (of_files or of_sides):
         raise InputError("expected one file, or two to compare, or --a FILES --b FILES")
     return arguments
 
@@ -532,11 +540,13 @@ def score_sections(found: Loaded) -> list[Section]:
     probs, gold, labels, rows = found.files[0].probs, found.gold, found.labels, found.rows
     predicted = probs.argmax(1)
     table = metrics.score_table(probs, gold)
-    note = f"Between from and to lie 95 % of {metrics.DRAWS:,} bootstrap draws. "
-    note += metrics.describe(metrics.score(probs, gold), labels)
+    note = f"From and to: the middle 95 % of {metrics.DRAWS:,} bootstrap draws."
+    if absent := [label for c, label in enumerate(labels) if c not in gold]:
+        note += f" The AUPRC leaves out what no row has: {', '.join(absent)}."
     sections = [Section("Scores", note, table, bar_figure(table, ["value"], "%"))]
     of_labels = metrics.label_table(predicted, gold, labels)
-    note = "{label}: precision {precision:.2f}, recall {recall:.2f}.".format(**of_labels[0])
+    precision, recall = (shown(of_labels[0][name]) for name in ("precision", "recall"))
+    note = f"{labels[0]}: precision {precision}, recall {recall}."
     table = metrics.error_table(predicted, gold)
     sections.append(Section(f"{labels[0]} and the errors", note, table, bar_figure(table, ["rows"], "rows")))
     sections.append(Section("Labels", "", of_labels, bar_figure(of_labels, ["F1"], "F1, %")))
@@ -568,11 +578,12 @@ def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
         for i, file in enumerate(found.files)
     ]
     table, differences = metrics.compare(a, b, gold)
-    note = " ".join(metrics.verdict(line) + "." for line in table)
+    note = "\n".join(metrics.verdict(line) for line in table)
     if len(a) == len(b) == 1:
-        note += " That is about these two models; whether another seed would say the same, several seeds a side tell."
-    sections = [Section("Files", "", runs)]
-    sections.append(Section("Is one better?", note, table, difference_figure(table, differences)))
+        note += "\nThis is about these two models: whether other seeds would say the same, several seeds a side tell."
+    figure = difference_figure(table, differences)
+    table = [line | {"p": f"{line['p']:.4f}"} for line in table]
+    sections = [Section("Files", "", runs), Section("Is one better?", note, table, figure)]
     right = np.array([probs.argmax(1) == gold for probs in all_probs])
     all_a, all_b, no_a, no_b = right[:n_a].all(0), right[n_a:].all(0), ~right[:n_a].any(0), ~right[n_a:].any(0)
     if len(a) == len(b) == 1:

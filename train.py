@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import AddedToken
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -41,6 +40,7 @@ from model import (
     FlatEncoder,
     MaskedLanguageModel,
     RelationModel,
+    add_markers,
     collate,
     collate_masked,
     encode,
@@ -287,8 +287,7 @@ class Relations(Task):
         # rows to token ids
         self.tokenizer = self.load_tokenizer([" ".join(template.render(row)[:3]) for row in rows])
         known = len(self.tokenizer)
-        types = {entity.type for row in rows for entity in (row.subject, row.object) if entity.type}
-        self.tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
+        add_markers(self.tokenizer, template, rows)
         self.examples, n_cut = encode(rows, template, self.tokenizer, self.labels, settings.max_length)
         self.valid, n_valid_cut = encode(self.valid_rows, template, self.tokenizer, self.labels, settings.max_length)
         self.gold = np.array([e.label for e in self.valid])

@@ -165,6 +165,8 @@ def test_groups_and_worst_mistakes():
         assert line["micro F1"] == pytest.approx(expected["micro_f1"])
         assert line["accuracy"] == pytest.approx(expected["accuracy"])
         assert line["from"] < line["micro F1"] < line["to"]
+    nothing = group_table("all", ["x"], np.zeros(2, int), np.zeros(2, int), np.zeros(2, int))[0]
+    assert (math.isnan(nothing["micro F1"]), nothing["accuracy"]) == (True, 100)
     worst = worst_mistakes(probs, gold, 5)
     of_truth = probs[np.arange(200), gold]
     assert all(predicted[i] != gold[i] for i in worst)

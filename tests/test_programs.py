@@ -3,13 +3,17 @@
 import csv
 import json
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from data import KLUE_LABELS, write_predictions
 from metrics import read_predictions
 from tests.conftest import SAMPLE
+from train import NOT_OPTIMISATION, Settings
 
 
 def read(path):
@@ -28,7 +32,14 @@ def test_demo_then_infer_then_ensemble(run, tmp_path):
     assert json.loads((tmp_path / "runs/demo/summary.json").read_text())["best"]["micro_f1"] == pytest.approx(
         f1, abs=0.01
     )
-    assert list((tmp_path / "runs/demo").glob("events.out.tfevents*"))
+    events = EventAccumulator(str(tmp_path / "runs/demo"), {"images": 0}).Reload()  # 0: all
+    assert {"train/loss", "valid/micro_f1", "label_f1/per:title"} <= set(events.Tags()["scalars"])
+    assert {"pr/per:title", "worst mistakes/text_summary"} <= set(events.Tags()["tensors"])
+    assert events.Tags()["images"] == ["confusion matrix"]
+    assert len(events.Images("confusion matrix")) == 8  # evaluations
+    hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    columns = HParamsPluginData.FromString(hparams).session_start_info.hparams
+    assert set(columns) == {field.name for field in fields(Settings)} - set(NOT_OPTIMISATION)
 
     done = run(*commands[0].split())
     assert re.search(r"micro F1 \d", done.stdout)

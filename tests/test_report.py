@@ -1,6 +1,8 @@
 """The reports on data and predictions: what they print and write, and their pages in a real browser."""
 
+import contextlib
 import csv
+import html
 import io
 import json
 import re
@@ -15,17 +17,29 @@ from torch.utils.tensorboard import SummaryWriter
 
 import report
 from data import KLUE_LABELS, PROMPTS, Entity, Row, Template, read_rows, write_predictions
-from model import encode, load_tokenizer
+from metrics import SCORES, score
+from model import add_markers, encode, load_tokenizer
 from tests.conftest import SAMPLE
 
 HOSTILE = '<script>document.title = "hit"</script> & <img src=nowhere onerror="hit()"> 비틀즈와 "링고"'
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PROBE = """
-const images = [...document.images].map(image => image.naturalWidth)
-const result = {title: document.title, images, inner: innerWidth, scroll: document.documentElement.scrollWidth,
-    scripts: document.scripts.length, text: document.body.innerText.includes('<script>document.title = "hit"')}
-document.body.innerHTML = "<pre>" + JSON.stringify(result) + "</pre>"
-"""
+# shows each page in a frame 400 and one 1400 pixels wide, and tells what it sees there
+HARNESS = """<!doctype html><body><script>
+const results = [], frames = []
+for (const page of PAGES) for (const width of [400, 1400]) {
+    const frame = document.createElement("iframe")
+    frame.style = `border: 0; height: 900px; width: ${width}px`
+    frame.srcdoc = page
+    frame.onload = () => {
+        const inside = frame.contentDocument, text = inside.body.innerText
+        results.push({width, inner: frame.contentWindow.innerWidth, scroll: inside.documentElement.scrollWidth,
+            images: [...inside.images].map(image => image.naturalWidth), scripts: inside.scripts.length,
+            hostile: text.includes('<script>document.title = "hit"'), title: inside.title + document.title})
+        if (results.length == 2 * PAGES.length) document.body.innerText = JSON.stringify(results)
+    }
+    document.body.append(frame)
+}
+</script>"""
 
 
 def write_rows(path, rows):
@@ -51,6 +65,7 @@ def write_run(folder, rows, seed, sharpness=4.0):
     gold = np.array([KLUE_LABELS.index(row.label) for row in rows])
     logits = random.normal(size=(len(rows), 30))
     logits[np.arange(len(rows)), gold] += sharpness
+    logits[0, 0 if sharpness < 3 else gold[0]] += 20  # the first row: surely wrong, or surely right
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     predicted = [KLUE_LABELS[c] for c in probs.argmax(1)]
     write_predictions(folder / "valid.csv", [row.id for row in rows], predicted, probs, [row.label for row in rows])
@@ -61,7 +76,7 @@ def write_run(folder, rows, seed, sharpness=4.0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, rows):
-    """Reports on 150 rows of the sample, one of them hostile, and on runs on them; in what.txt what they printed."""
+    """A data file of 150 rows, one of them hostile, and four runs on them; the tests leave their reports there."""
     folder = tmp_path_factory.mktemp("report")
     subject, object = (Entity(word, HOSTILE.index(word), HOSTILE.index(word) + 2 - i, "<b>")
                        for i, word in enumerate(("비틀즈", "링고")))  # fmt: skip
@@ -73,11 +88,27 @@ def folder(tmp_path_factory, rows):
     return folder
 
 
-def test_a_report_on_two_files(folder, encoder_folder, rows, capsys):
-    files = (folder / "train.csv", SAMPLE / "test_data.csv")
-    program(report.data_report, *files, "--model", encoder_folder, "--max-length", 40, "--out", folder / "eda")
-    text = capsys.readouterr().out
-    n_no_relation = sum(row.label == "no_relation" for row in read_rows(files[0]))
+@pytest.fixture(scope="module")
+def printed(folder, encoder_folder):
+    """The three reports, written into the folder: what each printed, by the place of its page."""
+    files, runs = (folder / "train.csv", SAMPLE / "test_data.csv"), (folder / "a-1/valid.csv", folder / "b-1/valid.csv")
+    more = ("--model", encoder_folder, "--max-length", 40, "--out", folder / "eda")
+    commands = {
+        "eda": (report.data_report, *files, *more),
+        "a-1/valid": (report.metrics_report, runs[0]),
+        "compare": (report.metrics_report, *runs, "--out", folder / "compare"),
+    }
+    texts = {}
+    for place, command in commands.items():
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            program(*command)
+        texts[place] = out.getvalue()
+    return texts
+
+
+def test_a_report_on_two_files(folder, printed):
+    text = printed["eda"]
+    n_no_relation = sum(row.label == "no_relation" for row in read_rows(folder / "train.csv"))
     assert re.search(rf"^no_relation +{n_no_relation} +{100 * n_no_relation / 150:.2f} ", text, re.MULTILINE)
     assert re.search(r"^over 40 +\d+ +\d+$", text, re.MULTILINE)
     figures = {path.name for path in (folder / "eda").glob("*.png")}
@@ -89,11 +120,9 @@ def test_a_report_on_two_files(folder, encoder_folder, rows, capsys):
     assert not re.search(r"""(src|href)=["']?(http|//|\w+\.)""", page)  # nothing is fetched
 
 
-def test_a_report_on_a_run(folder, capsys):
-    program(report.metrics_report, folder / "a-1/valid.csv")
-    text = capsys.readouterr().out
+def test_a_report_on_a_run(folder, printed):
     for part in ("no_relation: precision", "By source", "By characters between the entities", "[E1] 비틀즈 [/E1]"):
-        assert part in text, part
+        assert part in printed["a-1/valid"], part
     assert {path.name for path in (folder / "a-1/valid").iterdir()} >= {
         "index.html", "confusion-matrix.png", "precision-and-recall.png"
     }  # fmt: skip
@@ -103,28 +132,30 @@ def test_a_report_on_a_run(folder, capsys):
     assert "<script" not in page
 
 
-def test_a_submission_needs_the_labels(folder, rows, capsys, tmp_path):
+def test_a_submission_needs_the_labels(folder, capsys, tmp_path):
     some = read_rows(folder / "train.csv")
-    probs, _ = write_run(tmp_path / "x", some, 0, 2.0)
+    probs, gold = write_run(tmp_path / "x", some, 0, 2.0)
     write_predictions(tmp_path / "mine.csv", [r.id for r in some], [KLUE_LABELS[c] for c in probs.argmax(1)], probs)
     with pytest.raises(SystemExit, match="2"):
         program(report.metrics_report, tmp_path / "mine.csv")
     assert capsys.readouterr().err.count("\n") == 1
     program(report.metrics_report, tmp_path / "mine.csv", "--gold", folder / "train.csv")
-    of_submission = capsys.readouterr().out
-    program(report.metrics_report, folder / "a-1/valid.csv", "--out", tmp_path / "out")
-    table = re.compile(r"^(micro F1|AUPRC|accuracy) .*$", re.MULTILINE)
-    assert [m.group() for m in table.finditer(of_submission)] == [
-        m.group() for m in table.finditer(capsys.readouterr().out)
-    ]
-    program(report.metrics_report, tmp_path / "x/valid.csv")  # its rows are not where its summary says
-    assert "no sentences: --gold names" in capsys.readouterr().out
-
-
-def test_two_sides_are_compared(folder, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder)
-    program(report.metrics_report, "a-1/valid.csv", "b-1/valid.csv", "--out", "compare")
     text = capsys.readouterr().out
+    for name, value in score(probs, gold).items():
+        if name != "absent":
+            assert re.search(rf"^{SCORES[name]} +{value:.2f} ", text, re.MULTILINE)
+    assert (tmp_path / "mine/index.html").exists()
+
+
+def test_rows_are_found_through_the_summary_if_they_are_there(folder, tmp_path):
+    some = read_rows(folder / "train.csv")
+    assert report.load([str(folder / "a-1/valid.csv")], None).rows == some
+    write_run(tmp_path / "x", some, 0)
+    assert report.load([str(tmp_path / "x/valid.csv")], None).rows is None
+
+
+def test_two_sides_are_compared(folder, printed, capsys, tmp_path, monkeypatch):
+    text = printed["compare"]
     assert "micro F1: B is ahead by" in text
     assert "McNemar's exact test" in text
     right = {}
@@ -136,6 +167,7 @@ def test_two_sides_are_compared(folder, capsys, tmp_path, monkeypatch):
     assert (folder / "compare/index.html").read_text().count('class="case"') == sum(
         a != b for a, b in zip(right["a-1"], right["b-1"])
     )
+    monkeypatch.chdir(folder)
     program(report.metrics_report, "--a", "a-*/valid.csv", "--b", "b-1/valid.csv", "b-2/valid.csv", "--out", tmp_path)
     text = capsys.readouterr().out
     assert "A ± SD" in text
@@ -172,7 +204,7 @@ def test_programs_start_as_users_type_them(run):
 def test_tables_in_the_terminal_stand_in_columns_and_hold_no_commands():
     table = [{"낱말": "비틀즈", "n": 1234, "x": 0.5}, {"낱말": "a\x1b[31m\n", "n": 5, "x": 12.0}]
     lines = report.text_table(table).splitlines()
-    assert lines == ["낱말        n      x", "비틀즈  1,234   0.50", "a [31m       5  12.00"]
+    assert lines == ["낱말         n      x", "비틀즈   1,234   0.50", "a [31m       5  12.00"]
 
 
 def test_entities_that_overlap_are_marked_in_the_page():
@@ -184,10 +216,13 @@ def test_entities_that_overlap_are_marked_in_the_page():
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_lengths_are_those_of_the_encoders_input(encoder_folder, rows, prompt):
-    tokenizer, template = load_tokenizer(encoder_folder), Template(prompt=prompt)
+@pytest.mark.parametrize("marker", ["typed_entity_marker_punct", "entity_mask"])
+def test_lengths_are_those_of_the_encoders_input(encoder_folder, rows, marker, prompt):
+    tokenizer, template = load_tokenizer(encoder_folder), Template(marker, prompt)
+    add_markers(tokenizer, template, rows[:50])
     examples, _ = encode(rows[:50], template, tokenizer, KLUE_LABELS, 10_000)
-    assert report.token_lengths(rows[:50], template, tokenizer).tolist() == [len(e.ids) for e in examples]
+    lengths = report.token_lengths({"sample": rows[:50]}, template, encoder_folder)
+    assert lengths["sample"].tolist() == [len(e.ids) for e in examples]
 
 
 def test_bins():
@@ -233,23 +268,24 @@ def test_tensorboard_shows_an_evaluation(folder, tmp_path):
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium")
-@pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.parametrize("page", ["eda", "a-1/valid", "compare"])
-def test_pages_in_a_browser(folder, tmp_path, page, width):
+def test_pages_in_a_browser(folder, printed, tmp_path):
     """No errors, all figures shown, no page wider than the window, and text from the data is text."""
-    path = tmp_path / "page.html"
-    html = (folder / page / "index.html").read_text()
-    path.write_text(html.replace("</body>", f"<script>addEventListener('load', () => {{{PROBE}}})</script></body>"))
+    pages = [(folder / place / "index.html").read_text() for place in printed]
+    harness = tmp_path / "harness.html"
+    as_script = json.dumps(pages).replace("<", "\\u003c")
+    harness.write_text(HARNESS.replace("const results", f"const PAGES = {as_script}, results"))
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    options += "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --dump-dom "
-    options += f"--user-data-dir={tmp_path / 'profile'} --window-size={width},900 {path.as_uri()}"
+    options += "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom "
+    options += f"--user-data-dir={tmp_path / 'profile'} {harness.as_uri()}"
     done = subprocess.run([BROWSER, *options.split()], capture_output=True, text=True, check=True, timeout=120)
-    found = json.loads(re.search("<pre>(.*)</pre>", done.stdout)[1].replace("&lt;", "<").replace("&amp;", "&"))
     assert "CONSOLE" not in done.stderr
-    assert found["inner"] == width
-    assert found["scroll"] <= width
-    assert min(found["images"]) > 0
-    assert len(found["images"]) == html.count("data:image/png")
-    assert found["title"] != "hit"
-    assert found["scripts"] == 1  # the probe
-    assert found["text"] == (page != "eda")  # tables of data hold no sentences
+    results = json.loads(html.unescape(re.search(r"<body>(\[.*\])", done.stdout)[1]))
+    assert len(results) == 6
+    for found in results:
+        assert found["inner"] == found["width"]
+        assert found["scroll"] <= found["width"]
+        assert min(found["images"]) > 0
+        assert found["scripts"] == 0
+        assert "hit" not in found["title"]
+    assert sorted(len(found["images"]) for found in results) == sorted(2 * [p.count("data:image/png") for p in pages])
+    assert sum(found["hostile"] for found in results) == 4  # all but the tables of data hold sentences
