@@ -263,16 +263,20 @@ class Task:
         self.machine.wait_for_all()
         return load_tokenizer(self.settings.model)
 
-    def describe_rows(self, what: str, n_valid: int, n_cut: int):
+    def tell_lengths(self, what: str, n_valid: int, n_cut: int):
         mean = self.lengths.mean()
         self.say(f"{len(self.lengths)} {what} to train on, {n_valid} to validate on; mean {mean:.0f} tokens; "
                  f"{n_cut} cut to {self.settings.max_length}")  # fmt: skip
 
     def place(self, model: FlatEncoder):
+        """Takes the model to its device, once it is sure that it can read as many tokens."""
         if self.settings.max_length > model.longest:
             found = f"{self.settings.model} takes at most {model.longest} tokens"
             raise InputError(f"--max-length {self.settings.max_length}: {found}")
         self.model = model.to(self.machine.device)
+
+    def log(self, writer: SummaryWriter, step: int):
+        """Shows TensorBoard what the last evaluation has found beside its scores."""
 
 
 class Relations(Task):
@@ -292,7 +296,7 @@ class Relations(Task):
         self.valid, n_valid_cut = encode(self.valid_rows, template, self.tokenizer, self.labels, settings.max_length)
         self.gold = np.array([e.label for e in self.valid])
         self.lengths, self.n_targets = np.array([len(e.ids) for e in self.examples]), np.ones(len(rows), dtype=int)
-        self.describe_rows("rows", len(self.valid), n_cut + n_valid_cut)
+        self.tell_lengths("rows", len(self.valid), n_cut + n_valid_cut)
 
         torch.manual_seed(settings.seed)
         encoder = load_encoder(settings.model, range(known, len(self.tokenizer)))
@@ -336,7 +340,6 @@ class Relations(Task):
             data.write_predictions(folder / "valid.csv", ids, predicted, self.probs, gold)
 
     def log(self, writer: SummaryWriter, step: int):
-        """Shows TensorBoard what `evaluate` has found."""
         log_evaluation(writer, step, self.probs, self.gold, self.labels, self.valid_rows)
 
     def next_commands(self, folder: Path) -> str:
@@ -358,7 +361,7 @@ class MaskedTokens(Task):
         self.valid, self.valid_words, n_valid_cut = encode_sentences(valid, self.tokenizer, settings.max_length)
         self.lengths = np.array([len(e.ids) for e in self.examples])
         self.n_targets = np.array([n_masked(words) for words in self.words])
-        self.describe_rows("sentences", len(valid), n_cut + n_valid_cut)
+        self.tell_lengths("sentences", len(valid), n_cut + n_valid_cut)
 
         torch.manual_seed(settings.seed)
         language_model, head_is_new = load_language_model(settings.model)
@@ -397,9 +400,6 @@ class MaskedTokens(Task):
 
     def describe(self, scores: dict) -> str:
         return "masked tokens: loss {loss:.4f}  perplexity {perplexity:.2f}".format(**scores)
-
-    def log(self, writer: SummaryWriter, step: int):
-        pass  # its scores say all
 
     def save(self, folder: Path, scores: dict):
         save_encoder(folder / "encoder", self.model, self.tokenizer)
