@@ -12,6 +12,9 @@ What is in a file, or in two side by side, as tables, figures and a page (report
     python data.py data/train.csv
     python data.py data/train.csv data/test_data.csv --model klue/roberta-large --max-length 128 --out runs/eda
 
+    python data.py --diff old/train.csv new/train.csv     # rows added, removed, relabelled
+    python data.py --download                             # KLUE-RE itself, into data/
+
 Formats: the CSV of the Boostcamp competition, KLUE's JSON, JSON lines; UTF-8 with or without BOM.
 """
 
@@ -25,12 +28,15 @@ import os
 import re
 import sys
 import unicodedata
+import warnings
 from collections import Counter
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
 
 # KLUE-RE's 30 relations in the order of the competition, whose submissions depend on it (KLUE's own order differs).
 KLUE_LABELS = (
@@ -123,8 +129,14 @@ class Row(NamedTuple):
     where: str
 
 
+HUB = re.compile(r"hub:([^@]+)@([^:@/]+)(?::([^:@/]+))?")  # name or folder, revision, configuration
+
+
 def data_file(data: str | Path, stem: str) -> Path:
-    """The file called `stem` in a data folder, in whichever format it is there, or `data` itself if it is a file."""
+    """The file called `stem` in a data folder, in whichever format it is there, or `data` itself if it is a file. Of a
+    data set on the hub, HUB, its split as HUB/stem."""
+    if str(data).startswith("hub:"):
+        return Path(str(data), stem)
     candidates = [Path(data), *(Path(data) / f"{stem}{suffix}" for suffix in (".csv", ".json", ".jsonl"))]
     for path in candidates:
         if path.is_file():
@@ -186,6 +198,9 @@ def read_csv(path: str | Path, columns: tuple[str, ...]):
 
 def _records(path: Path):
     """Yields (line, fields) of a CSV, JSON or JSON lines file; for JSON the line is the element's number."""
+    if str(path).startswith("hub:"):
+        yield from _hub_records(path)
+        return
     if path.suffix not in (".json", ".jsonl"):
         yield from read_csv(path, ("id", "sentence", "subject_entity", "object_entity"))
         return
@@ -200,6 +215,44 @@ def _records(path: Path):
     for number, record in records:
         _expect(isinstance(record, dict), f"{path}:{number}", "row", record, "an object")
         yield number, {"id": record.get("guid"), **record}
+
+
+def _hub_records(path: Path):
+    """Yields (number, fields) of a split of a data set on the Hugging Face hub, or in a folder laid out like one, as
+    the `datasets` library reads it. `path`: hub:OWNER/NAME@REVISION[:CONFIG]/SPLIT; test_data is the split test, or
+    where there is none, as in KLUE, validation."""
+    spec, split = str(path.parent), path.name
+    if not (found := HUB.fullmatch(spec)):
+        raise InputError(f"--data {spec}: expected hub:OWNER/NAME@REVISION or hub:OWNER/NAME@REVISION:CONFIG")
+    name, revision, config = found.groups()
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError as error:
+        raise InputError("--data hub:... needs the package datasets: pip install datasets") from error
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each of its tries
+    try:
+        splits = datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:  # of many kinds: the hub's, the network's, the files'
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{spec}: cannot be read from the Hugging Face hub: {reason}") from error
+    if split == "test_data":
+        split = "test" if "test" in splits else "validation"
+    _expect(split in splits, spec, "splits", sorted(splits), split)
+    label = splits[split].features.get("label")
+    for number, record in enumerate(splits[split], 1):
+        if isinstance(label, datasets.ClassLabel):
+            told = record["label"] not in (None, -1)
+            record["label"] = label.int2str(record["label"]) if told else None
+        yield number, {"id": record.get("guid"), **record}
+
+
+def version(data: str | Path, rows: list[Row]) -> dict:
+    """What tells this data from an earlier or later state of it: the hub's revision, and a hash of the rows."""
+    found = HUB.match(str(data))
+    content = sha256(repr([row[:-1] for row in rows]).encode()).hexdigest()
+    return {"revision": found and found[2], "content": content[:16]}
 
 
 def _check(record: dict, where: str) -> Row:
@@ -283,6 +336,67 @@ def with_known_labels(rows: list[Row], labels: list[str], skipped: list[str] | N
     return [row for row in rows if row.label in labels]
 
 
+# --- versions ----------------------------------------------------------------------------------------------------
+
+KLUE_RE = "hub:klue/klue@main:re"
+
+
+def diff(old: list[Row], new: list[Row]) -> tuple[list[Row], list[Row], list[tuple[Row, Row]]]:
+    """(added, removed, relabelled) rows: what is in `new` alone, in `old` alone, and (old, new) pairs that differ in
+    the label alone. Rows are the same by sentence and entities, whatever their ids."""
+    rest = {}
+    for row in old:
+        rest.setdefault((row.sentence, row.subject, row.object), []).append(row)
+    added, relabelled, changed = [], [], []
+    for row in new:  # first those that have stayed as they are
+        alike = rest.get((row.sentence, row.subject, row.object), [])
+        same = next((other for other in alike if other.label == row.label), None)
+        if same:
+            alike.remove(same)
+        else:
+            changed.append((row, alike))
+    for row, alike in changed:
+        if alike:
+            relabelled.append((alike.pop(0), row))
+        else:
+            added.append(row)
+    return added, [row for alike in rest.values() for row in alike], relabelled
+
+
+def print_diff(old: str, new: str):
+    """python data.py --diff: what changed from one version to the other, a line a row."""
+    added, removed, relabelled = diff(*(read_rows(data_file(version, "train")) for version in (old, new)))
+    for sign, rows in (("+", added), ("-", removed)):
+        for row in rows:
+            print(f"{sign} {row.where}  id {row.id}  {row.label}  {row.subject.word} / {row.object.word}")
+    for before, row in relabelled:
+        words = f"{row.subject.word} / {row.object.word}"
+        print(f"~ {before.where} -> {row.where}  id {row.id}  {before.label} -> {row.label}  {words}")
+    print(f"{len(added)} rows added (+), {len(removed)} removed (-), {len(relabelled)} relabelled (~)")
+
+
+def download(folder: Path, hub: str):
+    """python data.py --download: KLUE-RE as train.csv, dev.csv and, without labels, test_data.csv in the competition's
+    format; nothing that is there is written over."""
+    parts = {"train.csv": "train", "dev.csv": "validation", "test_data.csv": "validation"}
+    for name in parts:
+        if (folder / name).exists():
+            raise InputError(f"{folder / name}: is there already; move it away, or name another folder with --out")
+    rows = {split: read_rows(data_file(hub, split)) for split in ("train", "validation")}
+    for name, split in parts.items():
+        with atomic_write(folder / name) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["id", "sentence", "subject_entity", "object_entity", "label", "source"])
+            for row in rows[split]:
+                entities = (
+                    {"word": e.word, "start_idx": e.start, "end_idx": e.end, "type": e.type}
+                    for e in (row.subject, row.object)
+                )
+                label = 100 if name == "test_data.csv" else row.label
+                writer.writerow([row.id, row.sentence, *entities, label, row.source])
+        print(f"{folder / name}: {len(rows[split])} rows of {hub}, content {version(hub, rows[split])['content']}")
+
+
 # --- cleaning and splitting --------------------------------------------------------------------------------------
 
 
@@ -326,6 +440,20 @@ def split(rows: list[Row], labels: list[str], share: float, negative_share: floa
     if not valid or len(valid) == len(sentences):
         raise InputError(f"{len(rows)} rows are too few to split; name a validation file with --valid")
     return [r for r in rows if r.sentence not in valid], [r for r in rows if r.sentence in valid]
+
+
+def fold(rows: list[Row], folds: int, number: int, seed: int):
+    """(train, valid) where valid is fold `number`, from 0, of `folds` that share the rows out: labels are mixed in each
+    as in `rows`, and all rows of one sentence are in one fold."""
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    labels, sentences = [row.label for row in rows], [row.sentence for row in rows]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of labels with fewer rows than folds, as KLUE-RE has
+            train, valid = list(splitter.split(labels, labels, sentences))[number]
+    except ValueError as error:
+        raise InputError(f"--folds {folds}: {len(rows)} rows of {len(set(sentences))} sentences are too few") from error
+    return [rows[i] for i in train], [rows[i] for i in valid]
 
 
 # --- what is in a file -------------------------------------------------------------------------------------------

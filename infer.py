@@ -2,6 +2,7 @@
 
     python infer.py runs/demo/ckpt.pt                            # test_data.csv of the folder it was trained from
     python infer.py CKPT --data test.csv --out out/mine.csv      # another file; its metrics too, if it has gold labels
+    python infer.py A/ckpt.pt B/ckpt.pt                          # the mean of their probabilities
     python infer.py CKPT --sentence "비틀즈는 조지 해리슨이 …" --subject "비틀즈:ORG" --object "조지 해리슨:PER"
     torchrun --nproc_per_node=4 infer.py CKPT                    # the same file, four GPUs
 
@@ -143,9 +144,9 @@ def predict(model: RelationModel, examples: list[Example], machine: Machine, max
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="ckpt.pt of a run of train.py")
-    parser.add_argument("--data", help="file to predict; default: test_data.csv of the checkpoint's data folder")
-    parser.add_argument("--out", help="file to write; default: out/<name of the run>.csv")
+    parser.add_argument("checkpoints", nargs="+", help="ckpt.pt of a run of train.py; of several, the mean is taken")
+    parser.add_argument("--data", help="file to predict; default: test_data.csv of the first one's data folder")
+    parser.add_argument("--out", help="file to write; default: out/<name of the run>.csv, the names joined by +")
     parser.add_argument("--sentence", help="predict this sentence instead of a file")
     parser.add_argument("--subject", help="its subject as WORD:TYPE, or WORD for models without types")
     parser.add_argument("--object", help="its object, likewise; the first place in the sentence counts")
@@ -171,6 +172,11 @@ def entity_of(sentence: str, text: str, option: str) -> Entity:
     raise InputError(f"{option}: found {text!r}, expected WORD:TYPE with a word of the sentence")
 
 
+def mean_of(paths: list[str], rows: list[Row], machine: Machine, max_tokens: int, show=False) -> np.ndarray:
+    """The mean of the checkpoints' probabilities (rows, labels), on every rank; one model at a time is in memory."""
+    return sum(predict_rows(load_checkpoint(path), rows, machine, max_tokens, show) for path in paths) / len(paths)
+
+
 def predict_rows(checkpoint: dict, rows: list[Row], machine: Machine, max_tokens: int, show=False) -> np.ndarray:
     """Probabilities (rows, labels) on every rank."""
     settings = checkpoint["settings"]
@@ -186,8 +192,14 @@ def predict_rows(checkpoint: dict, rows: list[Row], machine: Machine, max_tokens
 @exit_on_bad_input
 def main():
     arguments = parse_arguments()
-    checkpoint = load_checkpoint(arguments.checkpoint)
-    labels = checkpoint["labels"]
+    about = []
+    for path in arguments.checkpoints:
+        checkpoint = load_checkpoint(path)
+        about.append({key: checkpoint[key] for key in ("run", "data", "labels")})
+        if about[-1]["labels"] != about[0]["labels"]:
+            raise InputError(f"{path}: its labels, or their order, are not those of {arguments.checkpoints[0]}")
+    del checkpoint
+    labels = about[0]["labels"]
     transformers.logging.set_verbosity_error()
     with running(arguments.amp) as machine:
         if arguments.sentence:
@@ -196,18 +208,18 @@ def main():
             if subject[1:3] == object[1:3]:
                 raise InputError("--object: expected another place in the sentence than the subject's")
             row = Row("0", arguments.sentence, subject, object, None, "", "--sentence")
-            probs = predict_rows(checkpoint, [row], machine, arguments.max_tokens)[0]
+            probs = mean_of(arguments.checkpoints, [row], machine, arguments.max_tokens)[0]
             if machine.rank == 0:
                 print(*(f"{probs[i]:.4f}  {labels[i]}" for i in np.argsort(-probs)[:5]), sep="\n")
             return
 
-        path = arguments.data or data_file(checkpoint["data"], "test_data")
+        path = arguments.data or data_file(about[0]["data"], "test_data")
         rows = read_rows(path)
         n_gold = sum(row.label is not None for row in rows)
         if n_gold == len(rows):
             rows = with_known_labels(rows, labels)
-        out = Path(arguments.out or f"out/{checkpoint['run']}.csv")
-        probs = predict_rows(checkpoint, rows, machine, arguments.max_tokens, show=True)
+        out = Path(arguments.out or f"out/{'+'.join(run['run'] for run in about)}.csv")
+        probs = mean_of(arguments.checkpoints, rows, machine, arguments.max_tokens, show=True)
         if machine.rank == 0:
             write_predictions(out, [row.id for row in rows], [labels[c] for c in probs.argmax(1)], probs)
             print(f"{out}: {len(rows)} rows of {path}")

@@ -1,8 +1,9 @@
 """The model: tokens in flat batches, an encoder, a head that reads the relation off its states, their checkpoint.
 
 Sentences lie end to end, so no token is padding. Encoders built on transformers' attention interface (BERT, RoBERTa,
-XLM-R, ELECTRA, ModernBERT, ...) run on that as they are: `flat_attention`, registered there under the name "flat",
-lets each sentence attend to itself alone. The others (DeBERTa-v2) are padded inside `RelationModel`.
+XLM-R, ELECTRA, ModernBERT, ...; decoders such as GPT-2 and Llama too) run on that as they are: `flat_attention`,
+registered there under the name "flat", lets each sentence attend to itself alone. The others (DeBERTa-v2) are padded
+inside `FlatEncoder`, on which `RelationModel` and, for pre-training, `MaskedLanguageModel` are built.
 
     tokenizer, encoder = load_tokenizer("klue/roberta-large"), load_encoder("klue/roberta-large")
     model = RelationModel(encoder, n_labels=30, head="bilstm")
@@ -17,8 +18,9 @@ lets each sentence attend to itself alone. The others (DeBERTa-v2) are padded in
 
 import json
 import math
+import os
 import tempfile
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -30,22 +32,27 @@ import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_outputs import BaseModelOutput
 
-from data import PROMPTS, InputError, Row, Template, atomic_write
+from data import PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic_write
 
 # --- tokens ------------------------------------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
     """A row for the encoder: token ids (L,), their segment 0 or 1 (L,), the tokens at which the marks of subject and
-    object open, and the label's number (-1 where there is none)."""
+    object open, the label's number (-1 where there is none), the last tokens of the closing marks, and what each token
+    belongs to (2, L): nothing 0, the subject 1 or the object 2; and the entity's type, 1 + its place in TYPE_NAMES, or
+    0 for another."""
 
     ids: np.ndarray
     types: np.ndarray
     marks: tuple[int, int]
     label: int
+    closings: tuple[int, int]
+    entities: np.ndarray
 
 
 def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):
@@ -54,9 +61,12 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
     An input over `max_length` tokens loses context, never an entity or a mark: kept are the marks, then the words of
     the entities, then the tokens nearest to either. A prompt takes at most a quarter of it on each side.
     """
+    if not rows:
+        return [], 0  # tokenizers do not take an empty list
     rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
     number = {label: i for i, label in enumerate(labels)}
     start, middle, end, types = _special_tokens(tokenizer, pair=bool(PROMPTS[template.prompt][0]))
+    kinds = {type: i for i, type in enumerate(TYPE_NAMES["en"], 1)}
     before, after = (
         [_cut_middle(text.ids, max_length // 4) for text in _tokens(tokenizer, texts)]
         for texts in ([r.before for r in rendered], [r.after for r in rendered])
@@ -67,19 +77,87 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
         ids, offsets = texts[i].ids, texts[i].offsets
         # the last token that starts where a mark opens, or before: a "▁" of its own may start there too
         marks = [max(bisect_right(offsets, (span[0], math.inf)) - 1, 0) for span in r.spans]
+        closings = [max(bisect_left(offsets, (len(r.text[: span[3]].rstrip()),)) - 1, 0) for span in r.spans]
+        entities = _entities(offsets, r.spans, rows[i], template.marker == "entity_mask", kinds)
         room = max_length - len(start) - len(before[i]) - len(middle) - len(after[i]) - len(end)
         if len(ids) > room:
             keep = _nearest_to_marks(np.array(offsets), r.spans, room, rows[i].where)
             ids = [ids[k] for k in keep]
-            marks = [max(bisect_right(keep, mark) - 1, 0) for mark in marks]
+            marks, closings = ([max(bisect_right(keep, m) - 1, 0) for m in tokens] for tokens in (marks, closings))
+            entities = entities[:, keep]
             n_cut += 1
-        first = len(start) + len(before[i]) + len(middle)
+        first, last = len(start) + len(before[i]) + len(middle), len(after[i]) + len(end)
         ids = start + before[i] + middle + ids + after[i] + end
         segments = np.full(len(ids), types[1], dtype=np.int64)
         segments[:first] = types[0]
-        marks = (first + marks[0], first + marks[1])
-        examples.append(Example(np.array(ids, dtype=np.int64), segments, marks, number.get(rows[i].label, -1)))
+        marks, closings = ((first + tokens[0], first + tokens[1]) for tokens in (marks, closings))
+        entities = np.concatenate([np.zeros((2, first), int), entities, np.zeros((2, last), int)], 1)
+        label = number.get(rows[i].label, -1)
+        examples.append(Example(np.array(ids, dtype=np.int64), segments, marks, label, closings, entities))
     return examples, n_cut
+
+
+def _entities(offsets: list[tuple], spans, row: Row, masked: bool, kinds: dict[str, int]) -> np.ndarray:
+    """Which entity each token belongs to, and its type (2, L). Where they overlap it is the shorter one's."""
+    entities = np.zeros((2, len(offsets)), dtype=np.int64)
+    pairs = zip((1, 2), (row.subject, row.object), spans)
+    for who, entity, (opening, word, word_end, _) in sorted(pairs, key=lambda pair: -len(pair[1].word)):
+        start, end = (opening, word) if masked else (word, word_end)  # the mark stands for the word
+        first = bisect_left(offsets, (start,))
+        first -= first > 0 and offsets[first - 1][1] > start  # the token that the word begins in
+        inside = slice(first, bisect_left(offsets, (end,)))
+        entities[0, inside], entities[1, inside] = who, kinds.get(entity.type, 0)
+    return entities
+
+
+def encode_sentences(sentences: list[str], tokenizer, max_length: int):
+    """(examples, words, number of sentences cut) of sentences by themselves: no entities, marks and prompts. `words`
+    holds for each the number of the word that a token is part of, -1 for tokens that the tokenizer has added (L,)."""
+    if not sentences:
+        return [], [], 0
+    cut = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
+    found = tokenizer(sentences, return_attention_mask=False, return_token_type_ids=False, **cut)
+    examples, words, origins = [], [], found["overflow_to_sample_mapping"]
+    for i, sentence in enumerate(origins):
+        if sentence < len(examples):
+            continue  # the rest of a sentence that was cut
+        ids = np.array(found["input_ids"][i], dtype=np.int64)
+        numbers = np.array([-1 if number is None else number for number in found.word_ids(i)])
+        real = numbers >= 0
+        if numbers.max(initial=0) == 0:  # this tokenizer does not tell words: each token is one
+            numbers[real] = np.arange(real.sum())
+        types, entities = np.zeros_like(ids), np.zeros((2, len(ids)), dtype=np.int64)
+        examples.append(Example(ids, types, (0, 0), -1, (0, 0), entities))
+        words.append(numbers)
+    return examples, words, int((np.bincount(origins) > 1).sum())
+
+
+def n_masked(words: np.ndarray) -> int:
+    """How many tokens of a sentence are masked: 15 %, at least one."""
+    return max(1, round(0.15 * (words >= 0).sum()))
+
+
+def collate_masked(examples, words, rows, key: list[int], tokenizer):
+    """(the flat batch of these examples with tokens masked, flat indices of those (M,), their true ids (M,)).
+
+    As Devlin et al. 2019: of the tokens chosen 80 % become the mask token, 10 % any token, 10 % stay. They are chosen
+    by whole words, the last one in part where it has more tokens than are left to mask. What is masked is a pure
+    function of `key` and the example.
+    """
+    masked, places = {}, {}
+    for row in rows:
+        random = np.random.default_rng([*key, row])
+        order = random.permutation(words[row].max() + 1)[words[row]]  # words in random order, their tokens together
+        order[words[row] < 0] = len(order)
+        chosen = np.argsort(order, kind="stable")[: n_masked(words[row])]
+        fate, ids = random.random(len(chosen)), examples[row].ids.copy()
+        ids[chosen] = np.where(fate < 0.9, random.integers(len(tokenizer), size=len(chosen)), ids[chosen])
+        ids[chosen[fate < 0.8]] = tokenizer.mask_token_id
+        masked[row], places[row] = examples[row]._replace(ids=ids), chosen
+    batch = collate(masked, rows)
+    flat = np.concatenate([start + places[row] for start, row in zip(batch.offsets.tolist(), batch.rows)])
+    true = np.concatenate([examples[row].ids[places[row]] for row in batch.rows])
+    return batch, torch.from_numpy(flat), torch.from_numpy(true)
 
 
 def _tokens(tokenizer, texts: list[str]):
@@ -101,7 +179,10 @@ def _special_tokens(tokenizer, pair: bool):
     one = next(i for i in range(len(ids)) if ids[i : i + len(first)] == first)
     two = next(i for i in range(one + len(first), len(ids)) if ids[i : i + len(second)] == second)
     types = (kinds[one], kinds[two]) if kinds else (0, 0)
-    return ids[:one], ids[one + len(first) : two], ids[two + len(second) :], types
+    between = ids[one + len(first) : two]
+    if not between and tokenizer.eos_token_id is not None:  # decoders' tokenizers would run the segments together
+        between = [tokenizer.eos_token_id]
+    return ids[:one], between, ids[two + len(second) :], types
 
 
 def _cut_middle(ids: list[int], room: int) -> list[int]:
@@ -136,9 +217,11 @@ class Batch:
 
     ids: torch.Tensor  # (T,) token ids
     types: torch.Tensor  # (T,) segment 0 or 1
+    entities: torch.Tensor  # (2, T) what a token belongs to and the entity's type, as in Example
     positions: torch.Tensor  # (T,) a token's place in its sentence, from 0
     offsets: torch.Tensor  # (B + 1,) int32: sentence i is tokens offsets[i] to offsets[i + 1]
     marks: torch.Tensor  # (B, 2) flat index of the opening marks of subject and object
+    closings: torch.Tensor  # (B, 2) flat index of the last tokens of their closing marks
     labels: torch.Tensor  # (B,) numbers of labels, -1 where unknown
     packing: torch.Tensor  # (T,) flat indices, time-major
     batch_sizes: torch.Tensor  # (longest,) how many sentences have a token at each position; on the CPU
@@ -149,7 +232,7 @@ class Batch:
         """The batch on `device`; to a GPU by way of pinned memory, so that the copy does not hold up the program."""
         if device.type == "cpu":
             return self
-        moved = {f.name: getattr(self, f.name).pin_memory().to(device, non_blocking=True) for f in fields(self)[:7]}
+        moved = {f.name: getattr(self, f.name).pin_memory().to(device, non_blocking=True) for f in fields(self)[:9]}
         return replace(self, **moved)
 
 
@@ -163,9 +246,11 @@ def collate(examples: list[Example], rows: np.ndarray) -> Batch:
     return Batch(
         ids=torch.from_numpy(np.concatenate([e.ids for e in chosen])),
         types=torch.from_numpy(np.concatenate([e.types for e in chosen])),
+        entities=torch.from_numpy(np.concatenate([e.entities for e in chosen], 1)),
         positions=torch.from_numpy(positions),
         offsets=torch.from_numpy(offsets.astype(np.int32)),
         marks=torch.from_numpy(np.array([e.marks for e in chosen]) + offsets[:-1, None]),
+        closings=torch.from_numpy(np.array([e.closings for e in chosen]) + offsets[:-1, None]),
         labels=torch.tensor([e.label for e in chosen]),
         packing=torch.from_numpy(np.argsort(positions, kind="stable")),
         batch_sizes=torch.from_numpy(np.bincount(positions)),
@@ -192,14 +277,19 @@ def within_tokens(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> lis
 def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, scaling=None, sliding_window=None, **_):
     """Attention of each sentence of a flat batch to itself; transformers' attention interface.
 
-    query, key, value: (1, heads, T, width); returns (1, T, heads, width) and no weights. `sliding_window` w lets a
-    token see those nearer than w places. There is no dropout on the attention weights: the kernel for flat batches
-    has none, and training is to be the same on every device.
+    query, key, value: (1, heads, T, width), where each head of key and value may serve several of the query's; returns
+    (1, T, heads, width) and no weights. `sliding_window` w lets a token see those nearer than w places; in a module
+    that is causal it sees none behind itself. There is no dropout on the attention weights: the kernel for flat
+    batches has none, and training is to be the same on every device.
     """
+    causal, shared = getattr(module, "is_causal", False), query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
     if query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn  # needs a GPU build of torch
 
         window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+        window = (window[0], 0) if causal else window
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         longest = flat.lengths[0]
         out = varlen_attn(q, k, v, flat.offsets, flat.offsets, longest, longest, scale=scaling, window_size=window)
@@ -211,9 +301,11 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
     for (length, _), *qkv in zip(groups, *split):
         q, k, v = (x.unflatten(1, (-1, length)) for x in qkv)  # (heads, sentences, length, width)
         mask = None
-        if sliding_window is not None and length > sliding_window:
+        if causal or (sliding_window is not None and length > sliding_window):
             place = torch.arange(length, device=query.device)
-            mask = (place[:, None] - place[None]).abs() < sliding_window
+            distance = place[:, None] - place[None]
+            mask = distance.abs() < (sliding_window or length)
+            mask = mask & (distance >= 0) if causal else mask
         pieces.append(_attend(q, k, v, mask, scaling or q.shape[-1] ** -0.5).flatten(1, 2))
     return torch.cat(pieces, 1).transpose(0, 1)[None], None
 
@@ -245,6 +337,17 @@ def load_encoder(name: str, added_tokens: range = range(0)) -> nn.Module:
             encoder.resize_token_embeddings(added_tokens.stop, mean_resizing=False)
         encoder.get_input_embeddings().weight.data[added_tokens.start : added_tokens.stop] = mean
     return encoder
+
+
+def load_language_model(name: str):
+    """(masked language model, whether its head is new) by the encoder's folder or name: a head that the files do not
+    have starts from nothing, tied to the input embeddings as the architecture has it."""
+    try:
+        options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+        model, info = AutoModelForMaskedLM.from_pretrained(name, **options)
+    except Exception as error:
+        raise _cannot_load(name, error) from error
+    return model, bool(info["missing_keys"])
 
 
 def load_tokenizer(name: str):
@@ -301,15 +404,14 @@ def half_on_cpu(module, inputs, output: torch.Tensor) -> torch.Tensor:
     return output.to(torch.get_autocast_dtype("cpu"))
 
 
-class RelationModel(nn.Module):
-    """Encoder and head; maps a Batch to logits (B, n_labels).
+class FlatEncoder(nn.Module):
+    """A pretrained encoder that reads flat batches; what models are built on.
 
-    head: "cls" reads the first token; "entity" the first token and the opening marks of subject and object; "bilstm"
-    and "bigru" the last forward and the last backward state of an RNN over the sentence. norm ("layer", "batch",
-    "none"), gelu and dropout act on what is read, before the classifier.
+    entity_embedding: "plain" adds a learned vector for subject, object and neither to the input embeddings, "typed" one
+    for the entity's type too; they start at zero. `is_causal`: a decoder, whose tokens see none behind them.
     """
 
-    def __init__(self, encoder, n_labels: int, head="cls", norm="layer", gelu=False, dropout=0.0):
+    def __init__(self, encoder, entity_embedding="none"):
         super().__init__()
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # no head reads it, and its weights would get no gradient
@@ -317,7 +419,10 @@ class RelationModel(nn.Module):
             for name, child in module.named_children():
                 if type(child) is nn.Dropout:
                     setattr(module, name, Dropout(child.p))
-        self.encoder, self.head = encoder, head
+        self.encoder = encoder
+        self.is_causal = any(getattr(module, "is_causal", False) for module in encoder.modules())
+        if self.is_causal:
+            encoder.config.use_cache = False  # keys and values kept for words to come
         self.is_flat = encoder._supports_attention_backend
         if self.is_flat:
             encoder.set_attn_implementation("flat")
@@ -330,6 +435,49 @@ class RelationModel(nn.Module):
         self.first_position = embeddings.padding_idx + 1 if shifted else 0
         self.longest = getattr(encoder.config, "max_position_embeddings", math.inf) - self.first_position
 
+        width, tables = encoder.get_input_embeddings().embedding_dim, {"none": (), "plain": (3,), "typed": (3, 7)}
+        self.entity_embeddings = nn.ModuleList(nn.Embedding(n, width) for n in tables[entity_embedding])
+        for table in self.entity_embeddings:
+            nn.init.zeros_(table.weight)
+
+    def encode(self, batch: Batch) -> torch.Tensor:
+        """The last hidden states of the encoder, (T, hidden)."""
+        types = {"token_type_ids": batch.types[None]} if self.has_types else {}
+        if self.is_flat:
+            positions = batch.positions[None] + self.first_position
+            inputs = self._inputs(batch.ids[None], batch.entities[:, None])
+            return self.encoder(**inputs, position_ids=positions, flat=batch, **types).last_hidden_state[0]
+        places = torch.arange(batch.lengths[0], device=batch.ids.device)
+        real = places[None] < batch.offsets.diff()[:, None]  # (B, longest)
+        padding = torch.full(real.shape, self.encoder.config.pad_token_id or 0, device=real.device)
+        zeros = torch.zeros_like(padding)
+        entities = torch.stack([zeros.masked_scatter(real, x) for x in batch.entities])
+        inputs = self._inputs(padding.masked_scatter(real, batch.ids), entities)
+        types = {k: zeros.masked_scatter(real, v) for k, v in types.items()}
+        return self.encoder(**inputs, attention_mask=real.long(), **types).last_hidden_state[real]
+
+    def _inputs(self, ids: torch.Tensor, entities: torch.Tensor) -> dict:
+        """Token ids (B, L), or their embeddings with those of the entities (2, B, L) added."""
+        if not self.entity_embeddings:
+            return {"input_ids": ids}
+        added = sum(table(which) for table, which in zip(self.entity_embeddings, entities))
+        return {"inputs_embeds": self.encoder.get_input_embeddings()(ids) + added}
+
+
+class RelationModel(FlatEncoder):
+    """Encoder and head; maps a Batch to logits (B, n_labels).
+
+    head: "cls" reads the first token; "entity" the first token and the opening marks of subject and object, in a
+    decoder, where only later tokens know, the last token and the closing marks; "bilstm" and "bigru" the last forward
+    and the last backward state of an RNN over the sentence. norm ("layer", "batch", "none"), gelu and dropout act on
+    what is read, before the classifier.
+    """
+
+    def __init__(
+        self, encoder, n_labels: int, head="cls", norm="layer", gelu=False, dropout=0.0, entity_embedding="none"
+    ):
+        super().__init__(encoder, entity_embedding)
+        self.head = head
         hidden = encoder.config.hidden_size
         width = {"cls": hidden, "entity": 3 * hidden, "bilstm": 2 * hidden, "bigru": 2 * hidden}[head]
         if head in ("bilstm", "bigru"):
@@ -346,28 +494,17 @@ class RelationModel(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         states = self.encode(batch)
-        first = batch.offsets[:-1].long()
+        # the token that knows the whole sentence, and the marks that know their entity
+        token, marks = batch.offsets[:-1].long(), batch.marks
+        if self.is_causal:
+            token, marks = batch.offsets[1:].long() - 1, batch.closings
         if self.head == "cls":
-            features = states[first]
+            features = states[token]
         elif self.head == "entity":
-            features = states[torch.cat([first[:, None], batch.marks], 1)].flatten(1)
+            features = states[torch.cat([token[:, None], marks], 1)].flatten(1)
         else:
             features = self._last_states(states, batch)
         return self.classifier(self.dropout(self.activation(self.norm(features))))
-
-    def encode(self, batch: Batch) -> torch.Tensor:
-        """The last hidden states of the encoder, (T, hidden)."""
-        types = {"token_type_ids": batch.types[None]} if self.has_types else {}
-        if self.is_flat:
-            positions = batch.positions[None] + self.first_position
-            out = self.encoder(input_ids=batch.ids[None], position_ids=positions, flat=batch, **types)
-            return out.last_hidden_state[0]
-        places = torch.arange(batch.lengths[0], device=batch.ids.device)
-        real = places[None] < batch.offsets.diff()[:, None]  # (B, longest)
-        padding = torch.full(real.shape, self.encoder.config.pad_token_id or 0, device=real.device)
-        ids = padding.masked_scatter(real, batch.ids)
-        types = {k: torch.zeros_like(padding).masked_scatter(real, v) for k, v in types.items()}
-        return self.encoder(input_ids=ids, attention_mask=real.long(), **types).last_hidden_state[real]
 
     def _last_states(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The RNN's forward state at the last token of each sentence beside the backward one at its first token,
@@ -396,6 +533,26 @@ class RelationModel(nn.Module):
                 out = run(states[order].to(dtype), start, weights, True, 1, 0.0, self.training, False, False)[0]
                 last.append(out[lengths - 1, torch.arange(len(lengths))])
         return torch.cat(last, 1)
+
+
+class MaskedLanguageModel(FlatEncoder):
+    """Encoder and the head that guesses masked tokens, of any architecture that transformers has one for; maps a Batch
+    and the places of the masked tokens (M,) to logits (M, vocabulary)."""
+
+    def __init__(self, language_model):
+        super().__init__(language_model.base_model)
+        self.head = language_model
+        setattr(language_model, language_model.base_model_prefix, _GivenStates())
+
+    def forward(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+        return self.head(inputs_embeds=self.encode(batch)[places][None]).logits[0]
+
+
+class _GivenStates(nn.Module):
+    """Stands where a language model has its encoder: hands on the states that it is given."""
+
+    def forward(self, *_, inputs_embeds, **__):
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
 
 
 def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_alpha=None) -> torch.Tensor:
@@ -445,6 +602,16 @@ class DamagedFile(InputError):
     """A file that is not whole, or not one of ours at all."""
 
 
+def save_encoder(folder: Path, model: FlatEncoder, tokenizer):
+    """Writes the encoder as a folder that `load_encoder` and `load_tokenizer` take, each file in one move."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        model.encoder.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        for file in Path(beside).iterdir():
+            os.replace(file, folder / file.name)
+
+
 def load_checkpoint(path: str | Path, format: str = MODEL_FORMAT) -> dict:
     """The content of a checkpoint, on the CPU; only tensors and plain values are read (weights_only)."""
     try:
@@ -471,7 +638,8 @@ def restore(checkpoint: dict):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config = AutoConfig.for_model(**json.loads(checkpoint["encoder"]))
     encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    settings = {key: checkpoint["settings"][key] for key in ("head", "norm", "gelu", "dropout")}
+    names = ("head", "norm", "gelu", "dropout", "entity_embedding")
+    settings = {key: value for key, value in checkpoint["settings"].items() if key in names}
     model = RelationModel(encoder, len(checkpoint["labels"]), **settings)
     model.load_state_dict(checkpoint["weights"])
     return model, tokenizer

@@ -332,15 +332,23 @@ def write_report(title: str, sections: list[Section], out: Path):
 
 def data_arguments() -> argparse.Namespace:
     parser = data.Parser(description=data.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="one file of rows, or two to see side by side")
+    parser.add_argument("files", nargs="*", help="one file of rows, or two to see side by side")
+    parser.add_argument("--diff", nargs=2, metavar=("OLD", "NEW"), help="the rows that differ, of two files or folders")
+    parser.add_argument(
+        "--download", nargs="?", const=data.KLUE_RE, metavar="HUB", help=f"write it as CSV ({data.KLUE_RE})"
+    )
     parser.add_argument("--model", help="encoder whose tokens are counted: a folder, or a name on the Hugging Face hub")
     parser.add_argument("--marker", default=Template().marker, choices=data.MARKERS, help=f"({Template().marker})")
     parser.add_argument("--prompt", default=Template().prompt, choices=data.PROMPTS, help=f"({Template().prompt})")
     parser.add_argument("--type-names", default=Template().type_names, choices=data.TYPE_NAMES, help="(en)")
     parser.add_argument("--max-length", type=int, default=256, help="count the rows with more tokens (256)")
-    parser.add_argument("--out", default="runs/eda", help="folder for figures and page (runs/eda)")
+    parser.add_argument("--out", help="folder for figures and page (runs/eda), or of --download (data)")
     arguments = parser.parse_args()
-    if len(arguments.files) > 2 or len(set(arguments.files)) < len(arguments.files):
+    if arguments.diff or arguments.download:
+        if arguments.files or (arguments.diff and arguments.download):
+            raise InputError("--diff, --download and files are for three commands")
+        return arguments
+    if not arguments.files or len(arguments.files) > 2 or len(set(arguments.files)) < len(arguments.files):
         raise InputError(f"found {len(arguments.files)} files, expected one or two different ones")
     return arguments
 
@@ -408,6 +416,12 @@ def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | 
 def data_report():
     """python data.py"""
     arguments = data_arguments()
+    if arguments.diff:
+        data.print_diff(*arguments.diff)
+        return
+    if arguments.download:
+        data.download(Path(arguments.out or "data"), arguments.download)
+        return
     files = dict(zip(short_names(arguments.files), map(data.read_rows, arguments.files)))
     lengths, how = None, f"{arguments.model}, --marker {arguments.marker}, --prompt {arguments.prompt}"
     if arguments.model:
@@ -415,7 +429,7 @@ def data_report():
         lengths = token_lengths(files, template, arguments.model)
     sections = data_sections(files, lengths, how, arguments.max_length)
     title = ", ".join(f"{name}: {len(rows):,} rows" for name, rows in files.items())
-    write_report(title, sections, Path(arguments.out))
+    write_report(title, sections, Path(arguments.out or "runs/eda"))
     if not lengths:
         print("lengths in tokens: name an encoder with --model")
 

@@ -4,6 +4,8 @@
     python train.py --head bilstm                                # KLUE-RE in data/ with klue/roberta-large, one GPU
     torchrun --nproc_per_node=4 train.py --head bilstm           # the same on four; a batch is still 64 sentences
     python train.py --model DIR --lr 1.5e-4 --batch-size 32 --limit 8000
+    python train.py --objective mlm --out runs/tapt              # pre-training on the sentences; then
+    python train.py --model runs/tapt/encoder                    # the encoder that it leaves
     python train.py -h                                           # all settings
 
 A run leaves runs/<name>/: ckpt.pt (the best evaluation's model, all that infer.py needs), valid.csv (its predictions
@@ -15,9 +17,10 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -34,15 +37,22 @@ from metrics import describe, score
 from model import (
     PROGRESS_FORMAT,
     DamagedFile,
+    FlatEncoder,
+    MaskedLanguageModel,
     RelationModel,
     add_markers,
     collate,
+    collate_masked,
     encode,
+    encode_sentences,
     load_checkpoint,
     load_encoder,
+    load_language_model,
     load_tokenizer,
+    n_masked,
     relation_loss,
     save_checkpoint,
+    save_encoder,
     save_tensors,
     within_tokens,
 )
@@ -53,9 +63,10 @@ LOG_EVERY = 10  # steps between two readings of the loss
 BAD_STEPS = 20  # in a row that stop a run; fp16 skips a few at its start until it has found its scale
 
 
-def setting(default, help: str, *allowed):
-    """A field of Settings; allowed: the choices of a text, the limits of a number."""
-    return field(default=default, metadata={"help": help, "allowed": allowed})
+def setting(default, help: str, *allowed, bare=None):
+    """A field of Settings; allowed: the choices of a text, the limits of a number; bare: what the option means where
+    no value follows it."""
+    return field(default=default, metadata={"help": help, "allowed": allowed, "bare": bare})
 
 
 @dataclass
@@ -63,27 +74,33 @@ class Settings:
     """All settings of a run; the command line is made of it, --no-NAME turns a switch off."""
 
     # data
-    data: str = setting("data", "folder with train.csv and test_data.csv (or .json, .jsonl), or the training file")
-    valid: str = setting("", "file to validate on, instead of a split of the training rows")
+    data: str = setting("data", "folder with train.csv and test_data.csv (or .json, .jsonl), the training file, or "
+                        "hub:OWNER/NAME@REVISION[:CONFIG]")  # fmt: skip
+    valid: str = setting("", "file to validate on, instead of a split of the training rows; none: train on all of them")
     split: str = setting("test-like", "9:1 with labels as in the test set, or 8:2", "test-like", "stratified")
+    folds: int = setting(0, "validate on one of this many folds instead, of whole sentences; 0: none", 0, math.inf)
+    fold: int = setting(0, "which fold to validate on, from 0", 0, math.inf)
     no_relation_share: float = setting(0.6, "share of the negative label in a test-like validation set", 0, 1)
     clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
     skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
     negative_label: str = setting("no_relation", "the label that means none of the others")
-    limit: int = setting(
-        0, "use this many rows of the training file, the same ones for every seed; 0: all", 0, math.inf
-    )
+    limit: int = setting(0, "use this many of the training rows, the same ones for every seed; 0: all", 0, math.inf)
     # input
     marker: str = setting("typed_entity_marker_punct", "how the entities are marked", *MARKERS)
     prompt: str = setting("s_and_o", "what is said beside the sentence", *PROMPTS)
     type_names: str = setting("en", "language of the entity types in typed markers", *TYPE_NAMES)
     max_length: int = setting(256, "tokens an input may have; longer ones lose context, no entity", 64, math.inf)
     # model
+    objective: str = setting("relation", "what is learned; mlm: masked tokens of the sentences, before fine-tuning",
+                             "relation", "mlm")  # fmt: skip
     model: str = setting("klue/roberta-large", "encoder: a folder, or a name on the Hugging Face hub")
     head: str = setting("cls", "what reads the relation off the encoder's states", "cls", "entity", "bilstm", "bigru")
     norm: str = setting("layer", "normalisation before the classifier", "layer", "batch", "none")
     gelu: bool = setting(False, "a GELU before the classifier")
     dropout: float = setting(0.0, "dropout before the classifier (the encoder has its own)", 0, 0.99)
+    entity_embedding: str = setting("none", "vectors added to the input embeddings: plain (also the option by itself), "
+                                    "for subject, object, neither; typed, for the types too",
+                                    "none", "plain", "typed", bare="plain")  # fmt: skip
     # optimisation
     batch_size: int = setting(64, "sentences an optimiser step, over all processes together", 1, math.inf)
     epochs: int = setting(5, "times that every training row is seen", 1, math.inf)
@@ -96,6 +113,7 @@ class Settings:
     focal_gamma: float = setting(0.0, "gamma of the focal loss; 0: cross entropy", 0, math.inf)
     focal_alpha: str = setting("", "JSON file {label: alpha} of the focal loss; labels not in it have 1")
     seed: int = setting(42, "of the order of batches, new weights and dropout", 0, 2**32 - 1)
+    seeds: int = setting(1, "one run for each of this many seeds from --seed on, and the mean of their scores", 1, 100)
     # the run
     amp: str = setting("auto", "precision; auto: half where the device is good at it", "auto", "off", "bf16", "fp16")
     max_tokens: int = setting(16384, "tokens at a time on a device; a larger batch is done in parts", 1, math.inf)
@@ -117,6 +135,14 @@ class Settings:
                 raise InputError(f"{flag(f.name)}: found {value}, expected {allowed[0]} to {allowed[1]}")
         if self.label_smoothing and (self.focal_gamma or self.focal_alpha):
             raise InputError("--label-smoothing goes with cross entropy, not with --focal-gamma or --focal-alpha")
+        if self.folds and (self.valid or self.folds == 1 or self.fold >= self.folds):
+            raise InputError(f"--folds {self.folds}: expected 2 or more, a --fold below that, and no --valid")
+        if self.fold and not self.folds:
+            raise InputError("--fold says which one of --folds")
+        if self.folds and self.objective == "mlm":
+            raise InputError("--folds is for relations; with --objective mlm a tenth of the sentences is held out")
+        if self.patience and self.valid == "none":
+            raise InputError("--patience waits for better scores, and with --valid none there are none")
         if self.resume and self.fresh:
             raise InputError("--resume and --fresh contradict each other")
 
@@ -135,7 +161,8 @@ class Settings:
 
 
 # settings that a run may change when it goes on: they do not say what is optimised
-NOT_OPTIMISATION = ("max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo", "deterministic")
+NOT_OPTIMISATION = ("seeds", "max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo",
+                    "deterministic")  # fmt: skip
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
         "head": "entity", "batch_size": 32, "epochs": 8, "lr": 1e-3}  # fmt: skip
 
@@ -153,6 +180,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     parser = data.Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     for f in fields(Settings):
         how = {"type": f.type, "choices": f.metadata["allowed"] or None} if f.type is str else {"type": f.type}
+        if f.metadata["bare"]:
+            how |= {"nargs": "?", "const": f.metadata["bare"]}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **how)
@@ -167,14 +196,15 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     return settings
 
 
-# --- data and model ----------------------------------------------------------------------------------------------
+# --- what is learned ---------------------------------------------------------------------------------------------
 
 
-def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str]]:
-    """(training rows, validation rows, labels), as the settings say; `say` prints what was done."""
+def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str], dict]:
+    """(training rows, validation rows, labels, version of the data), as the settings say; `say` prints what is done."""
     skipped = [] if settings.skip_bad_rows else None
     path = data.data_file(settings.data, "train")
     rows = data.read_rows(path, skipped)
+    version = data.version(path, rows)
     labels = data.find_labels(rows, settings.negative_label)
     rows = data.with_known_labels(rows, labels, skipped)
     say(f"{path}: {len(rows)} rows, {len(labels)} labels")
@@ -184,17 +214,21 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str
     if settings.limit:
         chosen = np.random.default_rng(DATA_SEED).permutation(len(rows))[: settings.limit]
         rows = [rows[i] for i in sorted(chosen)]
-    if settings.valid:
+    if settings.valid == "none":
+        valid = []
+    elif settings.valid:
         valid = data.with_known_labels(data.read_rows(settings.valid, skipped), labels, skipped)
+    elif settings.folds:
+        rows, valid = data.fold(rows, settings.folds, settings.fold, DATA_SEED)
     else:
         test_like = settings.split == "test-like"
         share, negative_share = (0.1, settings.no_relation_share) if test_like else (0.2, None)
         rows, valid = data.split(rows, labels, share, negative_share, DATA_SEED)
     if skipped:
         say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
-    if not rows or not valid:
+    if not rows or (not valid and settings.valid != "none"):
         raise InputError(f"{path}: {len(rows)} rows to train on and {len(valid)} to validate on, expected some of each")
-    return rows, valid, labels
+    return rows, valid, labels, version
 
 
 def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> torch.Tensor | None:
@@ -209,6 +243,196 @@ def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> 
         return torch.tensor([float(given.get(label, 1)) for label in labels], device=device)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{settings.focal_alpha}: expected a JSON object {{label: alpha}}: {error}") from error
+
+
+class Task:
+    """What a run learns: examples, a model for them, a loss and scores. On each process.
+
+    lengths, n_targets: tokens of each training example, and predictions that it asks for (N,). hash: of all that the
+    training depends on beside the settings. about: the data's version and more for summary.json.
+    """
+
+    def __init__(self, settings: Settings, machine: Machine, say):
+        self.settings, self.machine, self.say = settings, machine, say
+
+    def load_tokenizer(self, texts: list[str]):
+        """The tokenizer; of a demo also the encoder is made, from the texts."""
+        if self.settings.demo and self.machine.rank == 0:
+            make_tiny_encoder(self.settings.model, texts, self.settings.seed)
+        self.machine.wait_for_all()
+        return load_tokenizer(self.settings.model)
+
+    def tell_lengths(self, what: str, n_valid: int, n_cut: int):
+        mean = self.lengths.mean()
+        self.say(f"{len(self.lengths)} {what} to train on, {n_valid} to validate on; mean {mean:.0f} tokens; "
+                 f"{n_cut} cut to {self.settings.max_length}")  # fmt: skip
+
+    def place(self, model: FlatEncoder):
+        """Takes the model to its device, once it is sure that it can read as many tokens."""
+        if self.settings.max_length > model.longest:
+            found = f"{self.settings.model} takes at most {model.longest} tokens"
+            raise InputError(f"--max-length {self.settings.max_length}: {found}")
+        self.model = model.to(self.machine.device)
+
+    def log(self, writer: SummaryWriter, step: int):
+        """Shows TensorBoard what the last evaluation has found beside its scores."""
+
+
+class Relations(Task):
+    """The relation between two entities, of labelled rows."""
+
+    def __init__(self, settings: Settings, machine: Machine, say):
+        super().__init__(settings, machine, say)
+        rows, self.valid_rows, self.labels, version = choose_rows(settings, say)
+        self.about = {"version": version, "labels": self.labels}
+        template = Template(settings.marker, settings.prompt, settings.type_names)
+
+        # rows to token ids
+        self.tokenizer = self.load_tokenizer([" ".join(template.render(row)[:3]) for row in rows])
+        known = len(self.tokenizer)
+        add_markers(self.tokenizer, template, rows)
+        self.examples, n_cut = encode(rows, template, self.tokenizer, self.labels, settings.max_length)
+        self.valid, n_valid_cut = encode(self.valid_rows, template, self.tokenizer, self.labels, settings.max_length)
+        self.gold = np.array([e.label for e in self.valid])
+        self.lengths, self.n_targets = np.array([len(e.ids) for e in self.examples]), np.ones(len(rows), dtype=int)
+        self.tell_lengths("rows", len(self.valid), n_cut + n_valid_cut)
+
+        torch.manual_seed(settings.seed)
+        encoder = load_encoder(settings.model, range(known, len(self.tokenizer)))
+        shape = (settings.head, settings.norm, settings.gelu, settings.dropout, settings.entity_embedding)
+        self.place(RelationModel(encoder, len(self.labels), *shape))
+        self.alpha = focal_alpha(settings, self.labels, machine.device)
+        used = [[row[:-1] for row in rows], [row[:-1] for row in self.valid_rows], self.labels]
+        self.hash = sha256(repr([*used, self.alpha is None or self.alpha.tolist()]).encode()).hexdigest()
+
+    def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
+        """The sum of the losses of these examples."""
+        batch = collate(self.examples, rows).to(self.machine.device)
+        with self.machine.autocast():
+            logits = model(batch)
+        smoothing, gamma = self.settings.label_smoothing, self.settings.focal_gamma
+        return relation_loss(logits, batch.labels, smoothing, gamma, self.alpha).sum()
+
+    def evaluate(self, max_tokens: int) -> dict:
+        """Scores on the validation rows; none where there are no such rows."""
+        if not self.valid:
+            return {}
+        self.probs = predict(self.model, self.valid, self.machine, max_tokens)
+        return score(self.probs, self.gold)
+
+    def merit(self, scores: dict) -> float:
+        return scores[self.settings.best_metric]
+
+    def describe(self, scores: dict) -> str:
+        return describe(scores, self.labels)
+
+    def save(self, folder: Path, scores: dict):
+        """Writes the model, and its predictions as `evaluate` has made them."""
+        about = {"settings": asdict(self.settings), "run": folder.name, "scores": scores}
+        folder_of_data = data.data_file(self.settings.data, "train").parent
+        about["data"] = self.settings.data if self.about["version"]["revision"] else str(folder_of_data.resolve())
+        about["version"] = self.about["version"]
+        save_checkpoint(folder / "ckpt.pt", self.model, self.tokenizer, self.labels, **about)
+        if self.valid:
+            ids, gold = [row.id for row in self.valid_rows], [row.label for row in self.valid_rows]
+            predicted = [self.labels[c] for c in self.probs.argmax(1)]
+            data.write_predictions(folder / "valid.csv", ids, predicted, self.probs, gold)
+
+    def log(self, writer: SummaryWriter, step: int):
+        from report import log_evaluation  # what draws takes a second to import, which the start need not wait for
+
+        log_evaluation(writer, step, self.probs, self.gold, self.labels, self.valid_rows)
+
+    def next_commands(self, folder: Path) -> str:
+        return f"  python infer.py {folder / 'ckpt.pt'}\n  python ensemble.py out/*.csv"
+
+
+class MaskedTokens(Task):
+    """Masked tokens of the sentences to train and to predict on, which goes on with the encoder's pre-training
+    (Gururangan et al. 2020). No labels, marks or prompts."""
+
+    def __init__(self, settings: Settings, machine: Machine, say):
+        super().__init__(settings, machine, say)
+        sentences, valid, version = choose_sentences(settings, say)
+        self.about = {"version": version}
+        self.tokenizer = self.load_tokenizer(sentences)
+        if self.tokenizer.mask_token is None:
+            raise InputError(f"--objective mlm: the tokenizer of {settings.model} has no token to mask with")
+        self.examples, self.words, n_cut = encode_sentences(sentences, self.tokenizer, settings.max_length)
+        self.valid, self.valid_words, n_valid_cut = encode_sentences(valid, self.tokenizer, settings.max_length)
+        self.lengths = np.array([len(e.ids) for e in self.examples])
+        self.n_targets = np.array([n_masked(words) for words in self.words])
+        self.tell_lengths("sentences", len(valid), n_cut + n_valid_cut)
+
+        torch.manual_seed(settings.seed)
+        language_model, head_is_new = load_language_model(settings.model)
+        self.place(MaskedLanguageModel(language_model))
+        if head_is_new:
+            say("the encoder has no head for masked tokens: a new one, tied to its embeddings, learns with it")
+        self.hash = sha256(repr([sentences, valid]).encode()).hexdigest()
+
+    def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
+        """The sum of the losses of these examples' masked tokens, other ones at each step."""
+        return self.loss_of(model, self.examples, self.words, rows, [self.settings.seed, step])
+
+    def loss_of(self, model, examples, words, rows, key: list[int]) -> torch.Tensor:
+        batch, *masked = collate_masked(examples, words, rows, key, self.tokenizer)
+        places, true = (tokens.to(self.machine.device) for tokens in masked)
+        with self.machine.autocast():
+            logits = model(batch.to(self.machine.device), places)
+        return torch.nn.functional.cross_entropy(logits.float(), true, reduction="sum")
+
+    @torch.inference_mode()
+    def evaluate(self, max_tokens: int) -> dict:
+        """Mean loss and perplexity of the held-out sentences' masked tokens, always the same ones."""
+        if not self.valid:
+            return {}
+        self.model.eval()
+        lengths = np.array([len(e.ids) for e in self.valid])
+        batches = within_tokens(np.arange(len(lengths)), lengths, max_tokens)
+        total = torch.zeros((), dtype=torch.float64, device=self.machine.device)
+        for rows in batches[self.machine.rank :: self.machine.world]:
+            total += self.loss_of(self.model, self.valid, self.valid_words, rows, [DATA_SEED])
+        loss = self.machine.sum(total).item() / sum(map(n_masked, self.valid_words))
+        return {"loss": loss, "perplexity": math.exp(min(loss, 100))}
+
+    def merit(self, scores: dict) -> float:
+        return -scores["loss"]
+
+    def describe(self, scores: dict) -> str:
+        return "masked tokens: loss {loss:.4f}  perplexity {perplexity:.2f}".format(**scores)
+
+    def save(self, folder: Path, scores: dict):
+        save_encoder(folder / "encoder", self.model, self.tokenizer)
+
+    def next_commands(self, folder: Path) -> str:
+        return f"  python train.py --model {folder / 'encoder'}"
+
+
+def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dict]:
+    """(training sentences, held-out sentences, version of the data): those to train and to predict on, each once."""
+    skipped = [] if settings.skip_bad_rows else None
+    paths = [data.data_file(settings.data, "train")]
+    if settings.data.startswith("hub:") or any(Path(settings.data).glob("test_data.*")):
+        paths.append(data.data_file(settings.data, "test_data"))
+    rows = [row for path in paths for row in data.read_rows(path, skipped)]
+    version, sentences = data.version(paths[0], rows), list(dict.fromkeys(row.sentence for row in rows))
+    say(f"{' and '.join(map(str, paths))}: {len(sentences)} sentences")
+    sentences = [sentences[i] for i in np.random.default_rng(DATA_SEED).permutation(len(sentences))]
+    sentences = sentences[: settings.limit or None]
+    if settings.valid in ("", "none"):
+        n_valid = 0 if settings.valid else max(1, len(sentences) // 10)
+        valid, sentences = sentences[:n_valid], sentences[n_valid:]
+    else:
+        valid = list(dict.fromkeys(row.sentence for row in data.read_rows(settings.valid, skipped)))
+        held_out = set(valid)
+        sentences = [sentence for sentence in sentences if sentence not in held_out]
+    if not sentences:
+        raise InputError(f"{paths[0]}: no sentences to train on beside those held out")
+    return sentences, valid, version
+
+
+# --- the optimiser -----------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -239,32 +463,30 @@ def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 # --- the loop ----------------------------------------------------------------------------------------------------
 
 
-def share_of_rank(rows: np.ndarray, lengths: np.ndarray, machine: Machine, max_tokens: int):
-    """The parts in which this process works through its share of a batch, and the weight of their loss."""
+def share_of_rank(rows: np.ndarray, lengths: np.ndarray, machine: Machine, max_tokens: int, n_targets: int):
+    """The parts in which this process works through its share of a batch that asks for `n_targets` predictions, and
+    the weight of the loss of each of them."""
     by_length = np.array(sorted(rows, key=lambda i: (-lengths[i], i)))
     mine = by_length[machine.rank :: machine.world]
     if len(mine):
         # DistributedDataParallel takes the mean over the processes; the loss is the mean over the whole batch
-        return within_tokens(mine, lengths, max_tokens), machine.world / len(rows)
+        return within_tokens(mine, lengths, max_tokens), machine.world / n_targets
     return [by_length[:1]], 0.0  # fewer sentences than processes: take part in the exchange, add nothing
 
 
-def batch_gradients(model, examples, lengths, rows, step, settings, machine, scaler, alpha, max_tokens):
+def batch_gradients(task, model, rows, step, settings, machine, scaler, max_tokens):
     """Adds up the gradients of one batch, part by part, and returns this process's share of the mean loss, still on
     the device; or None if memory ran out on any process."""
     torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, machine.rank]).generate_state(1)[0]))
-    parts, weight = share_of_rank(rows, lengths, machine, max_tokens)
+    parts, weight = share_of_rank(rows, task.lengths, machine, max_tokens, task.n_targets[rows].sum())
     total, out_of_memory = torch.zeros((), device=machine.device), False
     try:
         for part in parts:
-            batch = collate(examples, part).to(machine.device)
             exchange = machine.world > 1 and part is parts[-1]
             model.require_backward_grad_sync = exchange  # DistributedDataParallel's switch, as in nanoGPT
-            with machine.autocast():
-                logits = model(batch)
-            losses = relation_loss(logits, batch.labels, settings.label_smoothing, settings.focal_gamma, alpha)
-            total += (losses.detach().sum() * weight / machine.world).nan_to_num(0, 0, 0)
-            loss = scaler.scale(losses.sum() * weight)
+            loss = task.loss(model, part, step)
+            total += (loss.detach() * weight / machine.world).nan_to_num(0, 0, 0)
+            loss = scaler.scale(loss * weight)
             if not exchange:
                 loss.backward()
     except torch.OutOfMemoryError:
@@ -315,6 +537,7 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite
     best: dict | None = None  # scores of the model in ckpt.pt
     without_gain: int = 0  # evaluations since
+    evaluations: list = field(default_factory=list)  # their scores
 
 
 def save_progress(folder: Path, settings: Settings, rows_hash: str, progress: Progress, parts: dict):
@@ -341,8 +564,9 @@ def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict,
             if machine.rank == 0:
                 os.replace(path, folder / "damaged.pt")  # lest it takes the place of previous.pt
             continue
+        before_all = asdict(Settings()) | content["settings"]  # a setting of today was at its default before
         for name, value in asdict(settings).items():
-            before = content["settings"].get(name)
+            before = before_all[name]
             if before != value and name not in ("data", "valid", *NOT_OPTIMISATION):
                 raise InputError(f"{path}: made with {name} = {before!r}, now {value!r}; use --fresh, or another --out")
         if content["rows"] != rows_hash:
@@ -362,8 +586,8 @@ def remove_progress(folder: Path):
             path.unlink(missing_ok=True)
 
 
-def train(settings: Settings, machine: Machine):
-    """The whole run, on each process."""
+def train(settings: Settings, machine: Machine) -> dict:
+    """The whole run, on each process; returns the best scores."""
     is_first = machine.rank == 0
 
     def say(text: str):
@@ -371,71 +595,40 @@ def train(settings: Settings, machine: Machine):
             tqdm.write(text)
 
     folder = settings.folder()
-    train_rows, valid_rows, labels = choose_rows(settings, say)
-    template = Template(settings.marker, settings.prompt, settings.type_names)
-    if settings.demo and is_first:
-        make_tiny_encoder(settings.model, [" ".join(template.render(row)[:3]) for row in train_rows], settings.seed)
-    machine.wait_for_all()
-
-    # rows to token ids
-    tokenizer = load_tokenizer(settings.model)
-    known = len(tokenizer)
-    add_markers(tokenizer, template, train_rows)
-    examples, n_cut = encode(train_rows, template, tokenizer, labels, settings.max_length)
-    valid_examples, n_valid_cut = encode(valid_rows, template, tokenizer, labels, settings.max_length)
-    lengths = np.array([len(e.ids) for e in examples])
-    gold = np.array([e.label for e in valid_examples])
-    say(
-        f"{len(examples)} rows to train on, {len(gold)} to validate on; mean {lengths.mean():.0f} tokens; "
-        f"{n_cut + n_valid_cut} cut to {settings.max_length}"
-    )
-
-    # model and optimiser
-    torch.manual_seed(settings.seed)
-    encoder = load_encoder(settings.model, range(known, len(tokenizer)))
-    model = RelationModel(encoder, len(labels), settings.head, settings.norm, settings.gelu, settings.dropout)
-    if settings.max_length > model.longest:
-        raise InputError(f"--max-length {settings.max_length}: {settings.model} takes at most {model.longest} tokens")
-    model.to(machine.device)
-    optimizer = make_optimizer(model, settings)
+    task = {"relation": Relations, "mlm": MaskedTokens}[settings.objective](settings, machine, say)
+    optimizer = make_optimizer(task.model, settings)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
-    parts = {"weights": model, "optimizer": optimizer, "scaler": scaler}
-    alpha = focal_alpha(settings, labels, machine.device)
-    used = [[row[:-1] for row in train_rows], [row[:-1] for row in valid_rows], labels, alpha is None or alpha.tolist()]
-    rows_hash = sha256(repr(used).encode()).hexdigest()
+    parts = {"weights": task.model, "optimizer": optimizer, "scaler": scaler}
     if settings.fresh and is_first:
         remove_progress(folder)
     machine.wait_for_all()
-    progress = load_progress(folder, settings, rows_hash, parts, machine, say)
-    trained = machine.distribute(model)
+    progress = load_progress(folder, settings, task.hash, parts, machine, say)
+    trained = machine.distribute(task.model)
 
     def evaluate():
-        """Scores the model on the validation rows; the best so far is saved, with its predictions."""
-        probs = predict(model, valid_examples, machine, max_tokens)
-        scores = score(probs, gold)
-        say(f"step {progress.step}: {describe(scores, labels)}")
-        if is_first:
-            from report import log_evaluation  # what draws takes a second to import, which the start need not wait for
-
-            log_evaluation(writer, progress.step, probs, gold, labels, valid_rows)
+        """Scores the model; the best so far is saved, or where nothing is scored the last."""
+        scores = task.evaluate(max_tokens)
+        if scores:
+            say(f"step {progress.step}: {task.describe(scores)}")
+            if is_first:
+                task.log(writer, progress.step)
+            progress.evaluations.append(scores | {"step": progress.step})
         progress.without_gain += 1
-        if progress.best is None or scores[settings.best_metric] > progress.best[settings.best_metric]:
+        if not scores or progress.best is None or task.merit(scores) > task.merit(progress.best):
             progress.best, progress.without_gain = scores | {"step": progress.step}, 0
             if is_first:
-                more = {"settings": asdict(settings), "run": folder.name, "scores": progress.best}
-                more["data"] = str(data.data_file(settings.data, "train").parent.resolve())
-                save_checkpoint(folder / "ckpt.pt", model, tokenizer, labels, **more)
-                predicted = [labels[c] for c in probs.argmax(1)]
-                ids, gold_labels = [row.id for row in valid_rows], [row.label for row in valid_rows]
-                data.write_predictions(folder / "valid.csv", ids, predicted, probs, gold_labels)
+                task.save(folder, progress.best)
         return scores
 
     # the loop
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    lengths = task.lengths
+    per_epoch = math.ceil(len(lengths) / settings.batch_size)
     steps = settings.epochs * per_epoch
     batches, max_tokens, stop = [], settings.max_tokens, StopSignal()
     purge_step = progress.step + 1 if progress.step else None  # what a killed run has written beyond
     writer = SummaryWriter(folder, purge_step=purge_step) if is_first else None
+    if is_first:
+        writer.add_text("data", f"{settings.data} {task.about['version']}")
     interval = 0.5 if sys.stderr.isatty() else 60  # a log file needs few lines
     # since the loss was last read: the sum of the losses and, of steps that were not finite, their number; in a row
     loss_sum, bad, bad_in_a_row = torch.zeros(3, device=machine.device).unbind()
@@ -449,19 +642,19 @@ def train(settings: Settings, machine: Machine):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             trained.train()
-            step, tokens_before = (examples, lengths, batches[place], progress.step), max_tokens
-            while (loss := batch_gradients(trained, *step, settings, machine, scaler, alpha, max_tokens)) is None:
+            rest, tokens_before = (batches[place], progress.step, settings, machine, scaler), max_tokens
+            while (loss := batch_gradients(task, trained, *rest, max_tokens)) is None:
                 if max_tokens < lengths[batches[place]].min():
                     raise InputError("out of memory with one sentence at a time; try a smaller --max-length or --model")
                 max_tokens = min(max_tokens, math.ceil(lengths[batches[place]].sum() / machine.world)) // 2
-                model.zero_grad()
+                task.model.zero_grad()
                 if machine.device.type == "cuda":
                     torch.cuda.empty_cache()
                 trained = None  # a DistributedDataParallel that was stopped half way cannot go on
-                trained = machine.distribute(model)
+                trained = machine.distribute(task.model)
             if max_tokens < tokens_before:
                 say(f"out of memory at step {progress.step + 1}: from now on {max_tokens} tokens at a time")
-            is_bad = update_weights(model, optimizer, scaler, settings.clip_norm)
+            is_bad = update_weights(task.model, optimizer, scaler, settings.clip_norm)
             loss_sum, bad, bad_in_a_row = loss_sum + loss * (1 - is_bad), bad + is_bad, (bad_in_a_row + is_bad) * is_bad
             progress.step += 1
             window_steps += 1
@@ -495,8 +688,10 @@ def train(settings: Settings, machine: Machine):
             if is_first:
                 for name, value in shown.items():
                     writer.add_scalar(name if "/" in name else f"train/{name}", value, progress.step)
+                if evaluating:
+                    write_summary(folder, settings, progress, task, finished=False)
                 if saving:
-                    save_progress(folder, settings, rows_hash, progress, parts)
+                    save_progress(folder, settings, task.hash, progress, parts)
             if stopping:
                 say(f"stopped after step {progress.step} of {steps} and saved; the same command goes on from there")
                 machine.wait_for_all()  # torchrun ends all processes when the first one has ended
@@ -504,24 +699,29 @@ def train(settings: Settings, machine: Machine):
             loss_sum, bad = torch.zeros_like(loss_sum), torch.zeros_like(bad)
             window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
     if is_first:
-        finish(folder, settings, progress, labels, writer)
+        finish(folder, settings, progress, task, writer)
+    return progress.best
 
 
-def finish(folder: Path, settings: Settings, progress: Progress, labels: list[str], writer: SummaryWriter):
+def write_summary(folder: Path, settings: Settings, progress: Progress, task: Task, finished: bool):
+    summary = {"run": folder.name, "finished": finished, **asdict(progress), "settings": asdict(settings), **task.about}
+    with atomic_write(folder / "summary.json") as file:
+        json.dump(summary, file, ensure_ascii=False, indent=1)
+
+
+def finish(folder: Path, settings: Settings, progress: Progress, task: Task, writer: SummaryWriter):
     """Writes summary.json and the settings for TensorBoard's HPARAMS, and says what there is and how to go on."""
-    scores = {f"best/{name}": progress.best[name] for name in ("micro_f1", "auprc", "accuracy")}
+    scores = {f"best/{name}": value for name, value in progress.best.items() if name not in ("absent", "step")}
     compared = {name: value for name, value in asdict(settings).items() if name not in NOT_OPTIMISATION}
     writer.add_hparams(compared, scores, run_name=".")
     writer.close()
-    summary = {"run": folder.name, **asdict(progress), "settings": asdict(settings), "labels": labels}
-    with atomic_write(folder / "summary.json") as file:
-        json.dump(summary, file, ensure_ascii=False, indent=1)
+    write_summary(folder, settings, progress, task, finished=True)
+    if scores:
+        print(f"\n{task.describe(progress.best)}\nat step {progress.best['step']} of {progress.step}, on held-out rows")
     print(
-        f"\n{describe(progress.best, labels)}\n"
-        f"at step {progress.best['step']} of {progress.step}, on the validation rows ({folder / 'valid.csv'})\n"
         f"trained on {progress.sentences} sentences in {progress.seconds:.0f} s, "
         f"{progress.sentences / progress.seconds:.1f} a second\n"
-        f"to go on:\n  python infer.py {folder / 'ckpt.pt'}\n  python ensemble.py out/*.csv"
+        f"to go on:\n{task.next_commands(folder)}"
     )
 
 
@@ -536,7 +736,18 @@ def main():
     with running(settings.amp) as machine:
         if settings.norm == "batch" and machine.world > 1:
             raise InputError("--norm batch: normalises over the sentences of one process, and there are several")
-        train(settings, machine)
+        if settings.seeds == 1:
+            train(settings, machine)
+            return
+        seeds = range(settings.seed, settings.seed + settings.seeds)
+        folder = replace(settings, seed=Settings.seed).folder()
+        runs = [train(replace(settings, seed=seed, seeds=1, out=f"{folder}-seed={seed}"), machine) for seed in seeds]
+        names = [name for name in runs[0] if name not in ("absent", "step")]
+        if machine.rank == 0 and names:
+            print(f"\nseeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation:")
+            for name in names:
+                values = [scores[name] for scores in runs]
+                print(f"  {name} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,27 @@ def run(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Runs a program in an empty folder, in this process, which saves its start: call(train, "--demo", code=0) ->
+    what it printed, stdout and stderr."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(program, *arguments, code=0):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            program.main()
+            found = 0
+        except SystemExit as error:
+            found = error.code
+        printed = capsys.readouterr()
+        assert found == code, printed.out + printed.err
+        return printed
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

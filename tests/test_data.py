@@ -21,6 +21,7 @@ from data import (
     count_table,
     cross_table,
     find_labels,
+    fold,
     length_table,
     particle,
     read_rows,
@@ -121,6 +122,21 @@ def test_same_word_twice_is_marked_where_the_offsets_say():
     assert rendered.text == "[E1] 김 [/E1]은 [E2] 김 [/E2]을 만났다"
 
 
+def test_folds_share_the_rows_out_by_whole_sentences(rows):
+    folds = [fold(rows, 5, k, seed=42) for k in range(5)]
+    held_out = [row.id for _, valid in folds for row in valid]
+    assert sorted(held_out) == sorted(row.id for row in rows)
+    for train, valid in folds:
+        assert not {r.sentence for r in train} & {r.sentence for r in valid}
+        assert sorted(r.id for r in train + valid) == sorted(r.id for r in rows)
+        share = {label: n / len(rows) for label, n in Counter(r.label for r in rows).items()}
+        found = Counter(r.label for r in valid)
+        assert all(abs(found[label] / len(valid) - p) < 0.02 for label, p in share.items())
+    assert fold(rows, 5, 2, seed=42) == folds[2]
+    with pytest.raises(InputError, match="--folds 5: 3 rows"):
+        fold(rows[:3], 5, 0, seed=42)
+
+
 def test_spans_point_at_marks_and_words():
     for marker in MARKERS:
         rendered = Template(marker).render(BEATLES)
@@ -181,6 +197,30 @@ def test_marks_are_the_opening_tokens(encoder_folder):
         tokenizer.add_tokens(template.added_tokens({"ORG", "PER"}))
         (example,), _ = encode([BEATLES], template, tokenizer, KLUE_LABELS, 256)
         assert tuple(tokenizer.convert_ids_to_tokens([int(example.ids[m]) for m in example.marks])) == openings
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_tokens_know_their_entity_and_closing_marks_are_found(encoder_folder, marker):
+    template, tokenizer = Template(marker), load_tokenizer(str(encoder_folder))
+    tokenizer.add_tokens(template.added_tokens({"ORG", "PER"}))
+    nested = row(SENTENCE, "해리슨", "조지 해리슨", types=("PER", "새"))
+    (plain, inner), _ = encode([BEATLES, nested], template, tokenizer, KLUE_LABELS, 256)
+
+    def text(example, who):
+        return tokenizer.decode(example.ids[example.entities[0] == who]).replace(" ##", "").replace(" ", "")
+
+    masked = marker == "entity_mask"
+    assert (text(plain, 1), text(plain, 2)) == (("[SUBJ-ORG]", "[OBJ-PER]") if masked else ("비틀즈", "조지해리슨"))
+    # each token of a nested word belongs to the inner entity
+    assert text(inner, 1) == ("[SUBJ-PER]" if masked else "해리슨")
+    assert text(inner, 2) == "[OBJ-새]" if masked else text(inner, 2).startswith("조지")
+    assert set(zip(*plain.entities.tolist())) == {(0, 0), (1, 2), (2, 1)}  # ORG is the second type, PER the first
+    assert set(zip(*inner.entities.tolist())) == {(0, 0), (1, 1), (2, 0)}  # a type that is none of KLUE-RE's
+    ends = {"none": ("즈", "슨"), "entity_mask": ("[SUBJ-ORG]", "[OBJ-PER]"), "entity_marker": ("[/E1]", "[/E2]"),
+            "typed_entity_marker": ("</s:organization>", "</o:person>")}.get(marker, ("@", "#"))  # fmt: skip
+    last = tokenizer.convert_ids_to_tokens([int(plain.ids[k]) for k in plain.closings])
+    assert all(token.endswith(end) for token, end in zip(last, ends)), last
+    assert all(closing >= mark for closing, mark in zip(plain.closings, plain.marks))
 
 
 def test_input_is_what_the_tokenizer_makes_of_the_pair(encoder_folder):

@@ -38,34 +38,45 @@ FAMILIES = {
     "deberta-v2": transformers.DebertaV2Config(**SMALL, **NO_DROPOUT, relative_attention=True, position_buckets=8,
                                                pos_att_type=["p2c", "c2p"], type_vocab_size=2),
 }  # fmt: skip
+DECODERS = {
+    "gpt2": transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=99, resid_pdrop=0.0, embd_pdrop=0.0,
+                                    attn_pdrop=0.0),
+    "llama": transformers.LlamaConfig(**SMALL, num_key_value_heads=2),
+    "mistral": transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8),
+    "qwen3": transformers.Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=8),
+}  # fmt: skip
 CPU = Machine(torch.device("cpu"), None)
 
 
 def encoder_of(family):
     torch.manual_seed(0)
-    return transformers.AutoModel.from_config(copy.deepcopy(FAMILIES[family]))
+    return transformers.AutoModel.from_config(copy.deepcopy((FAMILIES | DECODERS)[family]))
 
 
 def examples_of(lengths, seed=0):
     random = np.random.default_rng(seed)
     return [
-        Example(random.integers(5, 99, n), np.sort(random.integers(0, 2, n)), (1, n - 2), int(random.integers(30)))
+        Example(
+            random.integers(5, 99, n), np.sort(random.integers(0, 2, n)), (1, n - 2), int(random.integers(30)),
+            (2, n - 1), np.stack([random.integers(0, 3, n), random.integers(0, 7, n)]),
+        )
         for n in lengths
-    ]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | DECODERS)
 def test_flat_states_equal_padded_states(family, training):
     encoder = encoder_of(family)
     padded = copy.deepcopy(encoder).train(training)
     model = RelationModel(encoder, 30).train(training)
     assert model.is_flat == (family != "deberta-v2")
+    assert model.is_causal == (family in DECODERS)
     examples = examples_of((7, 30, 7, 13, 25, 25))
     batch = collate(examples, np.arange(6))
     states = model.encode(batch)
 
-    ids = torch.full((6, 30), model.encoder.config.pad_token_id)
+    ids = torch.full((6, 30), model.encoder.config.pad_token_id or 0)
     mask, types = torch.zeros(6, 30, dtype=torch.long), torch.zeros(6, 30, dtype=torch.long)
     for i, row in enumerate(batch.rows):
         n = len(examples[row].ids)
@@ -84,9 +95,27 @@ def test_flat_states_equal_padded_states(family, training):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("typed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES | DECODERS)
+def test_entity_embeddings_start_as_nothing_and_are_learned(family, typed):
+    encoder = encoder_of(family)
+    plain = RelationModel(copy.deepcopy(encoder), 30)
+    model = RelationModel(encoder, 30, entity_embedding="typed" if typed else "plain")
+    batch = collate(examples_of((7, 30, 7, 13)), np.arange(4))
+    states = model.encode(batch)
+    assert torch.equal(states, plain.encode(batch))
+    (states * torch.randn_like(states)).sum().backward()
+    assert len(model.entity_embeddings) == 1 + typed
+    assert all((table.weight.grad.abs().sum(1) > 0).all() for table in model.entity_embeddings)
+    model.entity_embeddings[0].weight.data[1].normal_()
+    changed = (model.encode(batch) - states).abs().sum(1) > 1e-4
+    assert changed[batch.entities[0] == 1].all()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("head", ["cls", "entity", "bilstm", "bigru"])
-def test_heads_read_what_they_say(head):
-    model = RelationModel(encoder_of("bert"), 30, head, norm="none").eval()
+def test_heads_read_what_they_say(head, family):
+    model = RelationModel(encoder_of(family), 30, head, norm="none").eval()
     examples = examples_of((9, 4, 17, 9))
     batch = collate(examples, np.arange(4))
     logits = model(batch)
@@ -94,10 +123,11 @@ def test_heads_read_what_they_say(head):
     for i, row in enumerate(batch.rows):  # each sentence by itself, by plain torch
         example = examples[row]
         states = model.encode(collate([example], np.array([0])))
+        token, marks = (0, example.marks) if family == "bert" else (-1, example.closings)
         if head == "cls":
-            features = states[0]
+            features = states[token]
         elif head == "entity":
-            features = torch.cat([states[0], states[example.marks[0]], states[example.marks[1]]])
+            features = torch.cat([states[token], states[marks[0]], states[marks[1]]])
         else:
             out, _ = model.rnn(states[:, None])
             features = torch.cat([out[-1, 0, :32], out[0, 0, 32:]])

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import infer
+import train
 from data import InputError
+from ensemble import read_submission
 from infer import Machine
 from train import Settings, learning_rate, make_optimizer, parse_settings, share_of_rank, training_batches
 
@@ -38,6 +41,11 @@ def test_the_defaults_are_those_of_the_report():
         "--max-length 10",
         "--label-smoothing 0.1 --focal-gamma 2",
         "--resume --fresh",
+        "--patience 2 --valid none",
+        "--folds 5 --fold 5",
+        "--folds 1",
+        "--fold 1",
+        "--folds 5 --valid none",
     ],
 )
 def test_impossible_settings_are_an_error(arguments):
@@ -80,7 +88,8 @@ def test_biases_and_norms_do_not_decay():
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world):
     lengths, rows = np.random.default_rng(0).integers(20, 200, 50), np.arange(5)
-    shares = [share_of_rank(rows, lengths, Machine(torch.device("cpu"), None, r, world), 300) for r in range(world)]
+    machines = [Machine(torch.device("cpu"), None, rank, world) for rank in range(world)]
+    shares = [share_of_rank(rows, lengths, machine, 300, n_targets=5) for machine in machines]
     taken = [row for parts, weight in shares for part in parts for row in part if weight]
     assert sorted(taken) == rows.tolist()
     assert {weight for _, weight in shares} <= {0.0, world / 5}
@@ -169,6 +178,41 @@ def test_another_data_set_with_its_own_labels(run, encoder_folder, tmp_path, row
     run("ensemble.py", "out/a.csv", "--soft")
     with open(tmp_path / "submission.csv", encoding="utf-8", newline="") as file:
         assert {row["pred_label"] for row in csv.DictReader(file)} <= {"none", "직함"}
+
+
+def test_without_validation_every_row_is_trained_on_and_the_last_model_kept(call, encoder_folder, tmp_path):
+    settings = f"--data {SAMPLE} --model {encoder_folder} --limit 90 --amp off --batch-size 30 --lr 1e-3 --epochs 2"
+    done = call(train, *settings.split(), "--valid", "none", "--no-clean", "--out", "all")
+    assert "90 rows to train on, 0 to validate on" in done.out
+    assert "F1" not in done.out
+    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
+    assert (summary["step"], summary["sentences"], summary["best"]) == (6, 180, {"step": 6})
+    last, kept = (torch.load(tmp_path / "all" / f"{name}.pt", weights_only=True) for name in ("last", "ckpt"))
+    assert all(torch.equal(kept["weights"][k], last["weights"][k]) for k in kept["weights"])
+    assert not (tmp_path / "all" / "valid.csv").exists()
+    assert "micro F1" in call(infer, "all/ckpt.pt").out
+
+
+def test_seeds_train_a_run_each_and_their_checkpoints_predict_together(call, encoder_folder, tmp_path):
+    settings = f"--data {SAMPLE} --model {encoder_folder} --limit 300 --split stratified --amp off --lr 1e-3 --epochs 2"
+    done = call(train, *settings.split(), "--seeds", "2", "--seed", "7", "--out", "s")
+    best = [json.loads((tmp_path / f"s-seed={seed}" / "summary.json").read_text())["best"] for seed in (7, 8)]
+    mean, sd = np.mean([b["micro_f1"] for b in best]), np.std([b["micro_f1"] for b in best], ddof=1)
+    assert f"micro_f1 {mean:.2f} ± {sd:.2f}" in done.out
+    again = call(train, *settings.split(), "--seeds", "2", "--seed", "7", "--out", "s")
+    assert again.out.count("going on after step") == 2
+
+    one, other = "s-seed=7/ckpt.pt", "s-seed=8/ckpt.pt"
+    for name in (one, other):
+        call(infer, name)
+    call(infer, one, other)
+    names = ("s-seed=7", "s-seed=8", "s-seed=7+s-seed=8")
+    a, b, both = (read_submission(str(tmp_path / "out" / f"{name}.csv")) for name in names)
+    np.testing.assert_allclose(both.probs, (a.probs + b.probs) / 2, atol=1e-12)
+    assert np.abs(a.probs - b.probs).max() > 1e-3
+    content = torch.load(tmp_path / other, weights_only=True)
+    torch.save(content | {"labels": content["labels"][::-1]}, tmp_path / "turned.pt")
+    assert "turned.pt: its labels, or their order" in call(infer, one, "turned.pt", code=2).err
 
 
 def test_what_is_wrong_with_the_data_is_one_line(run, tmp_path):
