@@ -30,12 +30,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from data import KLUE_LABELS, Template, read_rows  # noqa: E402
-from infer import predict, running  # noqa: E402
-from model import RelationModel, encode, load_encoder, load_tokenizer  # noqa: E402
+from data import KLUE_LABELS, read_rows  # noqa: E402
+from infer import Machine, predict, running  # noqa: E402
 from tests.sample.tiny_encoder import make_tokenizer  # noqa: E402
 from train import Relations, Settings, batch_gradients, make_optimizer, training_batches, update_weights  # noqa: E402
 
+DATA = os.environ.get("KLUE_RE", str(ROOT / "tests" / "sample"))
 WARM_UP = 3  # steps
 SHAPES = {
     "roberta-large-shape": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16,
@@ -43,21 +43,20 @@ SHAPES = {
 }  # fmt: skip
 
 
-def sample_rows(n: int):
-    """n random rows, the same in every process."""
-    rows = read_rows(Path(os.environ.get("KLUE_RE", ROOT / "tests" / "sample")) / "train.csv")
-    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:n]]
-
-
 def make_encoder(shape: str, folder: str):
     """Writes a RoBERTa of that shape with random weights, and a tokenizer of 32,000 pieces learned from the rows."""
-    make_tokenizer(folder, [row.sentence for row in sample_rows(10**9)], vocab_size=32000)
+    make_tokenizer(folder, [row.sentence for row in read_rows(Path(DATA) / "train.csv")], vocab_size=32000)
     config = transformers.RobertaConfig(vocab_size=32000, pad_token_id=0, **SHAPES[shape])
     transformers.RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
 
 
-def examples_of(model: str, n: int):
-    return encode(sample_rows(n), Template(), load_tokenizer(model), KLUE_LABELS, 180)[0]
+def relations(arguments, machine: Machine) -> Relations:
+    """The rows as train.py takes them, with our model."""
+    settings = Settings(
+        data=DATA, limit=arguments.rows, valid="none", max_length=180, model=arguments.model, head=arguments.head,
+        batch_size=arguments.batch_size, lr=1e-4,
+    )  # fmt: skip
+    return Relations(settings, machine, lambda text: print(text, file=sys.stderr))
 
 
 def synchronize():
@@ -88,14 +87,9 @@ def products(arguments) -> dict:
 
 def ours(arguments) -> dict:
     """train.py's step and infer.py's prediction."""
-    settings = Settings(model=arguments.model, head=arguments.head, batch_size=arguments.batch_size, lr=1e-4)
     with running("auto") as machine:
-        task = Relations.__new__(Relations)  # its loss, on examples of our own
-        task.settings, task.machine = settings, machine
-        task.examples, task.alpha = examples_of(arguments.model, arguments.rows), None
-        task.lengths, task.n_targets = lengths_of(task.examples), np.ones(arguments.rows)
-        encoder = load_encoder(arguments.model)
-        task.place(RelationModel(encoder, len(KLUE_LABELS), settings.head))
+        task = relations(arguments, machine)
+        settings = task.settings
         optimizer = make_optimizer(task.model, settings)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
         task.model.train()
@@ -118,31 +112,28 @@ def ours(arguments) -> dict:
         predict(task.model, task.examples[: 10 * settings.batch_size], machine)
         start = time.perf_counter()
         predict(task.model, task.examples, machine)
-        return {"train": train, "predict": time.perf_counter() - start, "flops": flops(encoder, task.lengths)}
+        predicted = time.perf_counter() - start
+        return {"train": train, "predict": predicted, "flops": flops(task), "tokens": int(task.lengths.sum())}
 
 
-def lengths_of(examples) -> np.ndarray:
-    return np.array([len(e.ids) for e in examples])
-
-
-def flops(encoder, lengths: np.ndarray) -> float:
-    """Floating point operations of training on sentences of these lengths."""
-    parameters = sum(p.numel() for name, p in encoder.named_parameters() if "embeddings" not in name)
-    attention = 12 * encoder.config.num_hidden_layers * encoder.config.hidden_size * (lengths**2).sum()
-    return float(6 * parameters * lengths.sum() + attention)
+def flops(task: Relations) -> float:
+    """Floating point operations of an epoch."""
+    config = task.model.encoder.config
+    parameters = sum(p.numel() for name, p in task.model.encoder.named_parameters() if "embeddings" not in name)
+    attention = 12 * config.num_hidden_layers * config.hidden_size * (task.lengths**2).sum()
+    return float(6 * parameters * task.lengths.sum() + attention)
 
 
 def trainer(arguments, padded: bool) -> dict:
     """Hugging Face's Trainer: all padded to the longest, in fp32; or at its best."""
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
-    examples = examples_of(arguments.model, arguments.rows)
-    tokenizer = load_tokenizer(arguments.model)
-    rows = [{"input_ids": e.ids.tolist(), "labels": max(e.label, 0)} for e in examples]
+    task = relations(arguments, Machine(torch.device("cpu"), None))
+    rows = [{"input_ids": e.ids.tolist(), "labels": e.label} for e in task.examples]
     model = AutoModelForSequenceClassification.from_pretrained(
         arguments.model, num_labels=len(KLUE_LABELS), dtype=torch.float32
     )
-    longest = {"padding": "max_length", "max_length": int(lengths_of(examples).max())} if padded else {}
+    longest = {"padding": "max_length", "max_length": int(task.lengths.max())} if padded else {}
     cuda = torch.cuda.is_available()
     seconds = []
 
@@ -162,7 +153,7 @@ def trainer(arguments, padded: bool) -> dict:
             optim="adamw_torch_fused", per_device_eval_batch_size=64, use_cpu=not cuda, bf16=not padded,
             train_sampling_strategy="random" if padded else "group_by_length", torch_compile=cuda and not padded, **how,
         )  # fmt: skip
-        collate = DataCollatorWithPadding(tokenizer, **longest)
+        collate = DataCollatorWithPadding(task.tokenizer, **longest)
         return Trainer(model, settings, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
 
     made(max_steps=WARM_UP).train()
@@ -216,8 +207,7 @@ def profile(steps) -> dict:
 def turn(name: str, arguments, rows: int) -> dict:
     """A contender's turn, in a process of its own."""
     command = [sys.executable, __file__, "--turn", name, "--rows", str(rows), "--model", arguments.model]
-    command += ["--head", arguments.head, "--batch-size", str(arguments.batch_size)]
-    command += ["--device", arguments.device]
+    command += ["--head", arguments.head, "--batch-size", str(arguments.batch_size), "--device", arguments.device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -228,7 +218,9 @@ def compare(arguments):
     """All contenders by turns; prints a table in Markdown."""
     size = arguments.batch_size
     pilot = 10 * size / turn("ours", arguments, 10 * size)["train"]
-    n = min(max(int(pilot * arguments.seconds) // size, 8) * size, len(sample_rows(10**9)))
+    n = min(
+        max(int(pilot * arguments.seconds) // size, 8) * size, len(read_rows(Path(DATA) / "train.csv")) // size * size
+    )
     few = max(n // 8 // size, 4) * size  # padded sentences all cost the same
     counts = {"products": 0, "ours": n, "best": n, "padded": few}
     results = {name: [] for name in counts}
@@ -237,7 +229,7 @@ def compare(arguments):
             results[name].append(turn(name, arguments, counts[name]))
             print(f"round {number + 1}: {name}: {json.dumps(results[name][-1])}", file=sys.stderr, flush=True)
 
-    lengths = lengths_of(examples_of(arguments.model, n))
+    mean = results["ours"][0]["tokens"] / n
     rate = np.array([r["flops"] for r in results["products"]])
 
     def spread(values, form=".1f", unit=""):
@@ -247,7 +239,7 @@ def compare(arguments):
         (name, what): np.array([counts[name] / r[what] for r in results[name]])
         for name in ("ours", "best", "padded") for what in ("train", "predict") if what in results[name][0]
     }  # fmt: skip
-    print(f"\n{n} rows, mean {lengths.mean():.0f} tokens, batch {size}, --head {arguments.head}, ", end="")
+    print(f"\n{n} rows, mean {mean:.0f} tokens, batch {size}, --head {arguments.head}, ", end="")
     print(f"bf16 product {spread(rate / 1e9, '.0f')} GFLOP/s, {arguments.rounds} rounds: median (least to most)\n")
     print("| | sentences/s | tokens/s | share of the product rate | peak memory | ours is faster by |")
     print("|---|---|---|---|---|---|")
@@ -265,22 +257,38 @@ def compare(arguments):
         share = spread(100 * speed * operations / rate, ".0f", " %")
         memory = spread([r["peak"] for r in results[name]], ".1f", " GiB") if what == "train" else ""
         ratio = "" if name == "ours" else spread(rates["ours", what] / speed, ".2f")
-        print(f"| {title} | {spread(speed)} | {np.median(speed) * lengths.mean():.0f} | {share} | {memory} | {ratio} |")
+        print(f"| {title} | {spread(speed)} | {np.median(speed) * mean:.0f} | {share} | {memory} | {ratio} |")
 
 
+# train.py, until its first step is about to begin
 START = """
-import sys, time
-begin = time.perf_counter() - float(sys.argv.pop(1)); sys.path.insert(0, {root!r}); sys.argv[0] = "train.py"
+import os, sys, time
+began = float(sys.argv.pop(1))
+sys.path.insert(0, sys.argv.pop(1))
 import train
-load, rate = train.load_encoder, train.learning_rate
-loading = []
+load, seconds = train.load_encoder, []
 def load_encoder(*arguments):
-    loading.append(-time.perf_counter()); encoder = load(*arguments); loading[0] += time.perf_counter(); return encoder
+    seconds.append(time.time())
+    encoder = load(*arguments)
+    seconds.append(time.time())
+    return encoder
 def learning_rate(*arguments):
-    print("start", time.time() - float({now}), loading[0]); sys.stdout.flush(); import os; os._exit(0)
+    print("SECONDS", time.time() - began, seconds[1] - seconds[0], flush=True)
+    os._exit(0)
 train.load_encoder, train.learning_rate = load_encoder, learning_rate
 train.main()
 """
+
+
+def start(arguments):
+    """Prints how long train.py takes from its start to its first step, on all rows."""
+    with tempfile.TemporaryDirectory() as out:
+        for _ in range(arguments.rounds):
+            command = [sys.executable, "-c", START, str(time.time()), str(ROOT), "--data", DATA]
+            command += ["--model", arguments.model, "--out", f"{out}/run", "--fresh"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            whole, loading = map(float, done.stdout.split("SECONDS")[1].split()[:2])
+            print(f"to the first step {whole:.1f} s, of which the model's loading {loading:.1f} s", flush=True)
 
 
 def main():
@@ -292,6 +300,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32, help="sentences a step (32)")
     parser.add_argument("--head", default="cls", help="of our model; the Trainer's reads the first token (cls)")
     parser.add_argument("--profile", action="store_true", help="one of our steps by kind of work instead")
+    parser.add_argument("--start", action="store_true", help="seconds from the start to the first step instead")
     parser.add_argument("--turn", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=640, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -307,6 +316,8 @@ def main():
             arguments.model = folder
         if arguments.profile:
             ours(arguments)
+        elif arguments.start:
+            start(arguments)
         elif arguments.turn:
             result = CONTENDERS[arguments.turn](arguments)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,5 +1,6 @@
 """The settings, the order of batches, the optimiser, and runs of train.py through the command line."""
 
+import copy
 import csv
 import json
 import shutil
@@ -7,13 +8,24 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
 import infer
 import train
 from data import InputError
 from ensemble import read_submission
 from infer import Machine
-from train import Settings, learning_rate, make_optimizer, parse_settings, share_of_rank, training_batches
+from train import (
+    Relations,
+    Settings,
+    batch_gradients,
+    learning_rate,
+    make_optimizer,
+    parse_settings,
+    share_of_rank,
+    training_batches,
+    update_weights,
+)
 
 
 def test_settings_come_from_the_command_line():
@@ -94,6 +106,38 @@ def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world):
     assert sorted(taken) == rows.tolist()
     assert {weight for _, weight in shares} <= {0.0, world / 5}
     assert all(len(parts) >= 1 for parts, _ in shares)
+
+
+@pytest.mark.parametrize(("amp", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.03)])
+def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, tolerance):
+    """Flat parts of 300 tokens, against whole batches that are padded and go through transformers' own attention."""
+    settings = Settings(data=SAMPLE, model=str(encoder_folder), limit=160, valid="none", batch_size=16, lr=1e-3)
+    machine = Machine(torch.device("cpu"), amp)
+    task, scaler = Relations(settings, machine, lambda text: None), torch.amp.GradScaler("cpu", enabled=False)
+    encoder = AutoModel.from_pretrained(encoder_folder, add_pooling_layer=False)
+    padded = torch.nn.ModuleList([encoder, *copy.deepcopy([task.model.norm, task.model.classifier])])
+    ours, theirs = make_optimizer(task.model, settings), make_optimizer(padded, settings)
+    losses = []
+    for step, rows in enumerate(training_batches(task.lengths, settings.batch_size, seed=0, epoch=0)):
+        flat = batch_gradients(task, task.model, rows, step, settings, machine, scaler, 300)
+        update_weights(task.model, ours, scaler, settings.clip_norm)
+        chosen = [task.examples[row] for row in rows]
+        ids, types, mask = (
+            torch.nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in tokens], batch_first=True)
+            for tokens in ([e.ids for e in chosen], [e.types for e in chosen], [np.ones_like(e.ids) for e in chosen])
+        )
+        with machine.autocast():
+            states = encoder(ids, token_type_ids=types, attention_mask=mask).last_hidden_state
+            logits = padded[2](padded[1](states[:, 0]))
+        loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([e.label for e in chosen]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(padded.parameters(), settings.clip_norm)
+        theirs.step()
+        theirs.zero_grad()
+        losses.append((flat.item(), loss.item()))
+    curves = np.array(losses)
+    assert curves[-3:].mean() < curves[:3].mean() - 0.3  # there is something to compare
+    np.testing.assert_allclose(curves[:, 0], curves[:, 1], rtol=0, atol=tolerance)
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------
