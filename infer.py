@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -56,7 +58,9 @@ class Machine:
 
     def distribute(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model, wrapped so that the backward pass exchanges gradients where there are several processes."""
-        return DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
+        with warnings.catch_warnings():  # torch 2.13 has another name for it, which those before do not know
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes, in place."""
@@ -98,11 +102,17 @@ def running(amp: str):
     if "RANK" not in os.environ:
         yield machine
         return
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
     if not cuda:  # torchrun gives each process one thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    store, rank, world = next(rendezvous("env://"))
+    # torchrun's store outlives a restart: what the processes before have left there must not be taken for fresh
+    # (pytorch issue 135712). Of several nodes each counts the restarts for itself.
+    life = os.environ["TORCHELASTIC_RESTART_COUNT"] if world == here else ""
+    dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world)
     try:
-        yield replace(machine, rank=dist.get_rank(), world=dist.get_world_size())
+        yield replace(machine, rank=rank, world=world)
     finally:
         dist.destroy_process_group()
 

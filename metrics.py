@@ -18,8 +18,6 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
-from sklearn.metrics import auc, f1_score, precision_recall_curve, precision_recall_fscore_support
 
 from data import KLUE_LABELS, InputError, read_csv
 
@@ -132,6 +130,8 @@ def score(probs: np.ndarray, gold: np.ndarray) -> dict:
     auprc: the area under each class's precision-recall curve by the trapezoidal rule, their unweighted mean over all
     classes, 0 among them. A class that `gold` does not contain has no such curve and is left out ("absent").
     """
+    from sklearn.metrics import f1_score  # here and below: to import it takes a second of each program's start
+
     predicted, classes = probs.argmax(1), range(probs.shape[1])
     present = [c for c in classes if (gold == c).any()]
     return {
@@ -151,6 +151,8 @@ def describe(scores: dict, labels: list[str]) -> str:
 
 
 def _area(probs: np.ndarray, positive: np.ndarray) -> float:
+    from sklearn.metrics import auc, precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(positive, probs)
     return auc(recall, precision)
 
@@ -235,6 +237,8 @@ def score_table(probs: np.ndarray, gold: np.ndarray) -> list[dict]:
 def label_table(predicted: np.ndarray, gold: np.ndarray, labels: list[str]) -> list[dict]:
     """Precision, recall and F1 in per cent (NaN where there is nothing to divide by), rows and predictions of each
     label, in the labels' order."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     classes = range(len(labels))
     each = precision_recall_fscore_support(gold, predicted, labels=classes, zero_division=np.nan)
     found = np.bincount(predicted, minlength=len(labels))
@@ -330,6 +334,8 @@ def compare(a: list[np.ndarray], b: list[np.ndarray], gold: np.ndarray, draws: i
 def mcnemar(a: np.ndarray, b: np.ndarray, gold: np.ndarray) -> dict:
     """McNemar's exact test for predictions (rows,): rows that only one gets right, and how likely they would be split
     as unevenly if each were a coin's throw."""
+    from scipy.stats import binomtest
+
     only_a, only_b = int(((a == gold) & (b != gold)).sum()), int(((b == gold) & (a != gold)).sum())
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     return {"only A right": only_a, "only B right": only_b, "p": float(p)}

@@ -56,7 +56,6 @@ from model import (
     save_tensors,
     within_tokens,
 )
-from report import log_evaluation
 from tests.sample.tiny_encoder import make_tiny_encoder
 
 DATA_SEED = 42  # of --limit and the split: runs of several seeds are compared on the same rows
@@ -340,6 +339,8 @@ class Relations(Task):
             data.write_predictions(folder / "valid.csv", ids, predicted, self.probs, gold)
 
     def log(self, writer: SummaryWriter, step: int):
+        from report import log_evaluation  # what draws takes a second to import, which the start need not wait for
+
         log_evaluation(writer, step, self.probs, self.gold, self.labels, self.valid_rows)
 
     def next_commands(self, folder: Path) -> str:

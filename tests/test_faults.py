@@ -154,6 +154,20 @@ def test_a_signal_to_torchrun_saves(encoder_folder, run, undisturbed, tmp_path):
     assert_same(tmp_path / "a", undisturbed[2])
 
 
+def test_torchrun_restarts_after_a_rank_was_killed(encoder_folder, undisturbed, tmp_path):
+    lines = AT_STEP.replace("ACT", "os.kill(os.getpid(), signal.SIGKILL)")
+    start = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, model, train\n"
+    (tmp_path / "patched.py").write_text(start + lines + "\ntrain.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    command += ["patched.py", *small(encoder_folder, "a", "--fresh")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "done").exists()
+    assert "going on after step 6" in done.stdout
+    assert_same(tmp_path / "a", undisturbed[2])
+    assert_same(tmp_path / "a", undisturbed[1], exactly=False)
+
+
 def test_a_torn_last_pt_is_named_and_the_one_before_is_used(run, encoder_folder, undisturbed, tmp_path):
     run("train.py", *small(encoder_folder, "a"))
     last, previous = tmp_path / "a" / "last.pt", tmp_path / "a" / "previous.pt"
