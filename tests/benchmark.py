@@ -34,7 +34,7 @@ from data import KLUE_LABELS, Template, read_rows  # noqa: E402
 from infer import predict, running  # noqa: E402
 from model import RelationModel, encode, load_encoder, load_tokenizer  # noqa: E402
 from tests.sample.tiny_encoder import make_tokenizer  # noqa: E402
-from train import Settings, batch_gradients, make_optimizer, training_batches, update_weights  # noqa: E402
+from train import Relations, Settings, batch_gradients, make_optimizer, training_batches, update_weights  # noqa: E402
 
 WARM_UP = 3  # steps
 SHAPES = {
@@ -97,11 +97,13 @@ def ours(arguments) -> dict:
         optimizer = make_optimizer(model, settings)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
         model.train()
+        task = Relations.__new__(Relations)  # of rows and a model that are here already
+        task.settings, task.machine, task.alpha = settings, machine, None
+        task.examples, task.lengths, task.n_targets = examples, lengths, np.ones_like(lengths)
 
         def steps(batches):
             for step, rows in enumerate(batches):
-                size = settings.max_tokens
-                loss = batch_gradients(model, examples, lengths, rows, step, settings, machine, scaler, None, size)
+                loss = batch_gradients(task, model, rows, step, settings, machine, scaler, settings.max_tokens)
                 update_weights(model, optimizer, scaler, settings.clip_norm)
             return loss.item()
 
