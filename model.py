@@ -78,7 +78,7 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
         # the last token that starts where a mark opens, or before: a "▁" of its own may start there too
         marks = [max(bisect_right(offsets, (span[0], math.inf)) - 1, 0) for span in r.spans]
         closings = [max(bisect_left(offsets, (len(r.text[: span[3]].rstrip()),)) - 1, 0) for span in r.spans]
-        entities = _entities(np.array(offsets), r.spans, rows[i], template.marker == "entity_mask", kinds)
+        entities = _entities(offsets, r.spans, rows[i], template.marker == "entity_mask", kinds)
         room = max_length - len(start) - len(before[i]) - len(middle) - len(after[i]) - len(end)
         if len(ids) > room:
             keep = _nearest_to_marks(np.array(offsets), r.spans, room, rows[i].where)
@@ -91,20 +91,22 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
         segments = np.full(len(ids), types[1], dtype=np.int64)
         segments[:first] = types[0]
         marks, closings = ((first + tokens[0], first + tokens[1]) for tokens in (marks, closings))
-        entities = np.pad(entities, ((0, 0), (first, last)))
+        entities = np.concatenate([np.zeros((2, first), int), entities, np.zeros((2, last), int)], 1)
         label = number.get(rows[i].label, -1)
         examples.append(Example(np.array(ids, dtype=np.int64), segments, marks, label, closings, entities))
     return examples, n_cut
 
 
-def _entities(offsets: np.ndarray, spans, row: Row, masked: bool, kinds: dict[str, int]) -> np.ndarray:
+def _entities(offsets: list[tuple], spans, row: Row, masked: bool, kinds: dict[str, int]) -> np.ndarray:
     """Which entity each token belongs to, and its type (2, L). Where they overlap it is the shorter one's."""
     entities = np.zeros((2, len(offsets)), dtype=np.int64)
     pairs = zip((1, 2), (row.subject, row.object), spans)
     for who, entity, (opening, word, word_end, _) in sorted(pairs, key=lambda pair: -len(pair[1].word)):
         start, end = (opening, word) if masked else (word, word_end)  # the mark stands for the word
-        inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
-        entities[:, inside] = [[who], [kinds.get(entity.type, 0)]]
+        first = bisect_left(offsets, (start,))
+        first -= first > 0 and offsets[first - 1][1] > start  # the token that the word begins in
+        inside = slice(first, bisect_left(offsets, (end,)))
+        entities[0, inside], entities[1, inside] = who, kinds.get(entity.type, 0)
     return entities
 
 

@@ -88,38 +88,41 @@ def products(arguments) -> dict:
 
 def ours(arguments) -> dict:
     """train.py's step and infer.py's prediction."""
-    examples = examples_of(arguments.model, arguments.rows)
-    lengths = np.array([len(e.ids) for e in examples])
     settings = Settings(model=arguments.model, head=arguments.head, batch_size=arguments.batch_size, lr=1e-4)
     with running("auto") as machine:
+        task = Relations.__new__(Relations)  # its loss, on examples of our own
+        task.settings, task.machine = settings, machine
+        task.examples, task.alpha = examples_of(arguments.model, arguments.rows), None
+        task.lengths, task.n_targets = lengths_of(task.examples), np.ones(arguments.rows)
         encoder = load_encoder(arguments.model)
-        model = RelationModel(encoder, len(KLUE_LABELS), settings.head).to(machine.device)
-        optimizer = make_optimizer(model, settings)
+        task.place(RelationModel(encoder, len(KLUE_LABELS), settings.head))
+        optimizer = make_optimizer(task.model, settings)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
-        model.train()
-        task = Relations.__new__(Relations)  # of rows and a model that are here already
-        task.settings, task.machine, task.alpha = settings, machine, None
-        task.examples, task.lengths, task.n_targets = examples, lengths, np.ones_like(lengths)
+        task.model.train()
 
         def steps(batches):
             for step, rows in enumerate(batches):
-                loss = batch_gradients(task, model, rows, step, settings, machine, scaler, settings.max_tokens)
-                update_weights(model, optimizer, scaler, settings.clip_norm)
+                rest = (rows, step, settings, machine, scaler, settings.max_tokens)
+                loss = batch_gradients(task, task.model, *rest)
+                update_weights(task.model, optimizer, scaler, settings.clip_norm)
             return loss.item()
 
-        batches = training_batches(lengths, settings.batch_size, seed=0, epoch=0)
-        longest = sorted(batches, key=lambda rows: -lengths[rows].sum())[:WARM_UP]  # as Trainer's first ones are
+        batches = training_batches(task.lengths, settings.batch_size, seed=0, epoch=0)
+        longest = sorted(batches, key=lambda rows: -task.lengths[rows].sum())[:WARM_UP]  # as Trainer's first ones are
         steps(longest)
         if arguments.profile:
             return profile(lambda: steps(longest))
-        synchronize()
         start = time.perf_counter()
         steps(batches)
         train = time.perf_counter() - start
-        predict(model, examples[: 10 * settings.batch_size], machine)
+        predict(task.model, task.examples[: 10 * settings.batch_size], machine)
         start = time.perf_counter()
-        predict(model, examples, machine)
-        return {"train": train, "predict": time.perf_counter() - start, "flops": flops(encoder, lengths)}
+        predict(task.model, task.examples, machine)
+        return {"train": train, "predict": time.perf_counter() - start, "flops": flops(encoder, task.lengths)}
+
+
+def lengths_of(examples) -> np.ndarray:
+    return np.array([len(e.ids) for e in examples])
 
 
 def flops(encoder, lengths: np.ndarray) -> float:
@@ -139,7 +142,7 @@ def trainer(arguments, padded: bool) -> dict:
     model = AutoModelForSequenceClassification.from_pretrained(
         arguments.model, num_labels=len(KLUE_LABELS), dtype=torch.float32
     )
-    longest = {"padding": "max_length", "max_length": max(len(e.ids) for e in examples)} if padded else {}
+    longest = {"padding": "max_length", "max_length": int(lengths_of(examples).max())} if padded else {}
     cuda = torch.cuda.is_available()
     seconds = []
 
@@ -234,7 +237,7 @@ def compare(arguments):
             results[name].append(turn(name, arguments, counts[name]))
             print(f"round {number + 1}: {name}: {json.dumps(results[name][-1])}", file=sys.stderr, flush=True)
 
-    lengths = np.array([len(e.ids) for e in examples_of(arguments.model, n)])
+    lengths = lengths_of(examples_of(arguments.model, n))
     rate = np.array([r["flops"] for r in results["products"]])
 
     def spread(values, form=".1f", unit=""):
