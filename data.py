@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 # KLUE-RE's 30 relations in the order of the competition, whose submissions depend on it (KLUE's own order differs).
 KLUE_LABELS = (
@@ -445,6 +444,8 @@ def split(rows: list[Row], labels: list[str], share: float, negative_share: floa
 def fold(rows: list[Row], folds: int, number: int, seed: int):
     """(train, valid) where valid is fold `number`, from 0, of `folds` that share the rows out: labels are mixed in each
     as in `rows`, and all rows of one sentence are in one fold."""
+    from sklearn.model_selection import StratifiedGroupKFold  # a second to import, for this alone
+
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     labels, sentences = [row.label for row in rows], [row.sentence for row in rows]
     try:

@@ -113,23 +113,22 @@ def _entities(offsets: list[tuple], spans, row: Row, masked: bool, kinds: dict[s
 def encode_sentences(sentences: list[str], tokenizer, max_length: int):
     """(examples, words, number of sentences cut) of sentences by themselves: no entities, marks and prompts. `words`
     holds for each the number of the word that a token is part of, -1 for tokens that the tokenizer has added (L,)."""
-    if not sentences:
-        return [], [], 0
-    cut = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
-    found = tokenizer(sentences, return_attention_mask=False, return_token_type_ids=False, **cut)
-    examples, words, origins = [], [], found["overflow_to_sample_mapping"]
-    for i, sentence in enumerate(origins):
-        if sentence < len(examples):
-            continue  # the rest of a sentence that was cut
-        ids = np.array(found["input_ids"][i], dtype=np.int64)
-        numbers = np.array([-1 if number is None else number for number in found.word_ids(i)])
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(max_length)
+    found = backend.encode_batch(sentences)
+    backend.no_truncation()
+    examples, words = [], []
+    for text in found:
+        ids = np.array(text.ids, dtype=np.int64)
+        numbers = np.array([-1 if number is None else number for number in text.word_ids])
         real = numbers >= 0
         if numbers.max(initial=0) == 0:  # this tokenizer does not tell words: each token is one
             numbers[real] = np.arange(real.sum())
         types, entities = np.zeros_like(ids), np.zeros((2, len(ids)), dtype=np.int64)
         examples.append(Example(ids, types, (0, 0), -1, (0, 0), entities))
         words.append(numbers)
-    return examples, words, int((np.bincount(origins) > 1).sum())
+    return examples, words, sum(bool(text.overflowing) for text in found)
 
 
 def n_masked(words: np.ndarray) -> int:
