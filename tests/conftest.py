@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "tests" / "sample"
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time
 
 from data import Template, read_rows  # noqa: E402
 from tests.sample.tiny_encoder import make_tiny_encoder  # noqa: E402

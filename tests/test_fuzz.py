@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import KLUE_LABELS, MARKERS, PROMPTS, Entity, InputError, Row, Template, particle, read_rows
-from ensemble import read_submission
+from metrics import read_predictions
 from model import encode, load_tokenizer
 
 HEADER = ["id", "sentence", "subject_entity", "object_entity", "label", "source"]
@@ -129,7 +129,7 @@ def test_any_submission(tmp_path, rows):
     csv.writer(file).writerows([["id", "pred_label", "probs"], *rows])
     (tmp_path / "a.csv").write_text(file.getvalue(), encoding="utf-8", errors="replace", newline="")
     try:
-        submission = read_submission(str(tmp_path / "a.csv"))
+        submission = read_predictions(str(tmp_path / "a.csv"))
     except InputError as error:
         assert len(str(error).splitlines()) == 1
     else:

@@ -13,8 +13,8 @@ from transformers import AutoModel
 import infer
 import train
 from data import InputError
-from ensemble import read_submission
 from infer import Machine
+from metrics import read_predictions
 from train import (
     Relations,
     Settings,
@@ -251,7 +251,7 @@ def test_seeds_train_a_run_each_and_their_checkpoints_predict_together(call, enc
         call(infer, name)
     call(infer, one, other)
     names = ("s-seed=7", "s-seed=8", "s-seed=7+s-seed=8")
-    a, b, both = (read_submission(str(tmp_path / "out" / f"{name}.csv")) for name in names)
+    a, b, both = (read_predictions(str(tmp_path / "out" / f"{name}.csv")) for name in names)
     np.testing.assert_allclose(both.probs, (a.probs + b.probs) / 2, atol=1e-12)
     assert np.abs(a.probs - b.probs).max() > 1e-3
     content = torch.load(tmp_path / other, weights_only=True)
