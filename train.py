@@ -255,7 +255,7 @@ class Task:
     def __init__(self, settings: Settings, machine: Machine, say):
         self.settings, self.machine, self.say = settings, machine, say
 
-    def load_tokenizer(self, texts: list[str]):
+    def load_tokenizer(self, texts):
         """The tokenizer; of a demo also the encoder is made, from the texts."""
         if self.settings.demo and self.machine.rank == 0:
             make_tiny_encoder(self.settings.model, texts, self.settings.seed)
@@ -288,7 +288,7 @@ class Relations(Task):
         template = Template(settings.marker, settings.prompt, settings.type_names)
 
         # rows to token ids
-        self.tokenizer = self.load_tokenizer([" ".join(template.render(row)[:3]) for row in rows])
+        self.tokenizer = self.load_tokenizer(" ".join(template.render(row)[:3]) for row in rows)
         known = len(self.tokenizer)
         add_markers(self.tokenizer, template, rows)
         self.examples, n_cut = encode(rows, template, self.tokenizer, self.labels, settings.max_length)
