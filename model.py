@@ -18,7 +18,7 @@ inside `FlatEncoder`, on which `RelationModel` and, for pre-training, `MaskedLan
 
 import json
 import math
-import os
+import shutil
 import tempfile
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, fields, replace
@@ -36,7 +36,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelFor
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutput
 
-from data import PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic_write
+from data import PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic_write, first_line
 
 # --- tokens ------------------------------------------------------------------------------------------------------
 
@@ -231,7 +231,8 @@ class Batch:
         """The batch on `device`; to a GPU by way of pinned memory, so that the copy does not hold up the program."""
         if device.type == "cpu":
             return self
-        moved = {f.name: getattr(self, f.name).pin_memory().to(device, non_blocking=True) for f in fields(self)[:9]}
+        names = [f.name for f in fields(self) if f.type is torch.Tensor and f.name != "batch_sizes"]
+        moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names}
         return replace(self, **moved)
 
 
@@ -278,7 +279,7 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
 
     query, key, value: (1, heads, T, width), where each head of key and value may serve several of the query's; returns
     (1, T, heads, width) and no weights. `sliding_window` w lets a token see those nearer than w places; in a module
-    that is causal it sees none behind itself. There is no dropout on the attention weights: the kernel for flat
+    that is causal it sees none after itself. There is no dropout on the attention weights: the kernel for flat
     batches has none, and training is to be the same on every device.
     """
     causal, shared = getattr(module, "is_causal", False), query.shape[1] // key.shape[1]
@@ -367,8 +368,8 @@ def add_markers(tokenizer, template: Template, rows: list[Row]):
 
 
 def _cannot_load(name: str, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return InputError(f"--model {name}: expected an encoder's folder or a name on the Hugging Face hub: {reason}")
+    text = "expected an encoder's folder or a name on the Hugging Face hub"
+    return InputError(f"--model {name}: {text}: {first_line(error)}")
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -407,7 +408,7 @@ class FlatEncoder(nn.Module):
     """A pretrained encoder that reads flat batches; what models are built on.
 
     entity_embedding: "plain" adds a learned vector for subject, object and neither to the input embeddings, "typed" one
-    for the entity's type too; they start at zero. `is_causal`: a decoder, whose tokens see none behind them.
+    for the entity's type too; they start at zero. `is_causal`: a decoder, whose tokens see none after them.
     """
 
     def __init__(self, encoder, entity_embedding="none"):
@@ -567,7 +568,7 @@ def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_al
 
 # --- checkpoint --------------------------------------------------------------------------------------------------
 
-MODEL_FORMAT, PROGRESS_FORMAT = "relation model 1", "training progress 1"
+MODEL_FORMAT, PROGRESS_FORMAT = "relation model 2", "training progress 1"
 
 
 def save_tensors(path: str | Path, content: dict, keep: Path | None = None):
@@ -602,13 +603,13 @@ class DamagedFile(InputError):
 
 
 def save_encoder(folder: Path, model: FlatEncoder, tokenizer):
-    """Writes the encoder as a folder that `load_encoder` and `load_tokenizer` take, each file in one move."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+    """Writes the encoder as a folder that `load_encoder` and `load_tokenizer` take, each file atomically."""
+    with tempfile.TemporaryDirectory() as beside:
         model.encoder.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        for file in Path(beside).iterdir():
-            os.replace(file, folder / file.name)
+        for path in Path(beside).iterdir():
+            with atomic_write(folder / path.name, "wb") as file, open(path, "rb") as written:
+                shutil.copyfileobj(written, file)
 
 
 def load_checkpoint(path: str | Path, format: str = MODEL_FORMAT) -> dict:

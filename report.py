@@ -477,7 +477,8 @@ def rows_of(file: metrics.Predictions, gold: str | None, summary: dict) -> list[
     settings = summary.get("settings", {})
     if gold is None:
         try:
-            gold = data.data_file(settings["valid"] or settings["data"], "train")
+            valid = settings["valid"]
+            gold = valid if valid.startswith("hub:") else data.data_file(valid or settings["data"], "train")
         except (KeyError, InputError):
             return None
     by_id = {row.id: row for row in data.read_rows(gold, [] if settings.get("skip_bad_rows") else None)}

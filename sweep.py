@@ -24,7 +24,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from data import InputError, Parser, exit_on_bad_input, read_text
+from data import InputError, Parser, exit_on_bad_input, first_line, read_text
 from train import Settings, flag, parse_settings
 
 HERE = Path(__file__).parent
@@ -117,8 +117,9 @@ def next_trial(study: optuna.Study, folder: Path, n_trials: int):
 def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: list[str]):
     """Runs train.py to its end, or till it lags behind, and tells the study what came of it."""
     with open(folder / "log", "a") as log:
-        held = {"pass_fds": [lock.fileno()], "preexec_fn": end_with_parent}
-        training = subprocess.Popen(command, stdout=log, stderr=log, **held)
+        training = subprocess.Popen(
+            command, stdout=log, stderr=log, pass_fds=[lock.fileno()], preexec_fn=end_with_parent
+        )
     pruned = False
     try:
         while training.poll() is None and not pruned:
@@ -210,8 +211,7 @@ def main():
             load_if_exists=True,
         )
     except Exception as error:  # of many kinds: the database's, its driver's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"--storage: the study {folder.name} cannot be opened: {reason}") from error
+        raise InputError(f"--storage: the study {folder.name} cannot be opened: {first_line(error)}") from error
     made_with = {"space": space, "arguments": arguments.arguments}
     if study.user_attrs.get("made_with", made_with) != made_with:
         raise InputError(f"{folder}: holds a sweep with another space or other arguments; name another --out")

@@ -3,7 +3,7 @@
     python train.py --demo                                       # a tiny encoder on tests/sample, no network, no GPU
     python train.py --head bilstm                                # KLUE-RE in data/ with klue/roberta-large, one GPU
     torchrun --nproc_per_node=4 train.py --head bilstm           # the same on four; a batch is still 64 sentences
-    python train.py --model DIR --lr 1.5e-4 --batch-size 32 --limit 8000
+    python train.py --model DIR --batch-size 32 --limit 8000     # another encoder, some of the rows
     python train.py --objective mlm --out runs/tapt              # pre-training on the sentences; then
     python train.py --model runs/tapt/encoder                    # the encoder that it leaves
     python train.py -h                                           # all settings
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 from data import MARKERS, PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic_write
-from infer import Machine, predict, running
+from infer import Machine, negative_factor, predict, restarts, running, scale_negative
 from metrics import describe, score
 from model import (
     PROGRESS_FORMAT,
@@ -60,6 +60,11 @@ from tests.sample.tiny_encoder import make_tiny_encoder
 
 DATA_SEED = 42  # of --limit and the split: runs of several seeds are compared on the same rows
 LOG_EVERY = 10  # steps between two readings of the loss
+# what --preset stands for; options given beside it come on top
+PRESETS = {
+    "recommended": {},
+    "report": {"prompt": "s_and_o", "type_names": "en", "head": "cls", "lr": 2e-5},
+}
 BAD_STEPS = 20  # in a row that stop a run; fp16 skips a few at its start until it has found its scale
 
 
@@ -73,14 +78,15 @@ def setting(default, help: str, *allowed, bare=None):
 class Settings:
     """All settings of a run; the command line is made of it, --no-NAME turns a switch off."""
 
+    preset: str = setting("recommended", "settings to start from; report: those of the wrap-up report", *PRESETS)
     # data
     data: str = setting("data", "folder with train.csv and test_data.csv (or .json, .jsonl), the training file, or "
                         "hub:OWNER/NAME@REVISION[:CONFIG]")  # fmt: skip
     valid: str = setting("", "file to validate on, instead of a split of the training rows; none: train on all of them")
-    split: str = setting("test-like", "9:1 with labels as in the test set, or 8:2", "test-like", "stratified")
+    split: str = setting("test-like", "9:1, like the test set as far as that can be; or 8:2", "test-like", "stratified")
     folds: int = setting(0, "validate on one of this many folds instead, of whole sentences; 0: none", 0, math.inf)
     fold: int = setting(0, "which fold to validate on, from 0", 0, math.inf)
-    no_relation_share: float = setting(0.6, "share of the negative label in a test-like validation set", 0, 1)
+    no_relation_share: float = setting(0.6, "share of the negative label in test-like rows and in predictions", 0, 1)
     clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
     skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
     negative_label: str = setting("no_relation", "the label that means none of the others")
@@ -104,7 +110,7 @@ class Settings:
     # optimisation
     batch_size: int = setting(64, "sentences an optimiser step, over all processes together", 1, math.inf)
     epochs: int = setting(5, "times that every training row is seen", 1, math.inf)
-    lr: float = setting(2e-5, "highest learning rate", 0, math.inf)
+    lr: float = setting(0.0, "highest learning rate; 0: 2e-5 for 1,024 hidden units, more for fewer", 0, math.inf)
     warmup_ratio: float = setting(0.06, "share of the steps in which the learning rate rises, to fall to 0 then", 0, 1)
     beta2: float = setting(0.98, "AdamW's second beta", 0, 1)
     weight_decay: float = setting(0.01, "AdamW's weight decay (none on biases and norms)", 0, math.inf)
@@ -156,12 +162,16 @@ class Settings:
                 parts.append(f.name if value is True else f"no_{f.name}" if value is False else f"{f.name}={value}")
         return "-".join(parts)
 
+    def test_like(self) -> bool:
+        """Whether validation rows and predictions are to be like KLUE-RE's test set."""
+        return self.split == "test-like" and not self.folds
+
     def folder(self) -> Path:
         return Path(self.out) if self.out else Path("runs") / self.name()
 
 
 # settings that a run may change when it goes on: they do not say what is optimised
-NOT_OPTIMISATION = ("seeds", "max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo",
+NOT_OPTIMISATION = ("preset", "seeds", "max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo",
                     "deterministic")  # fmt: skip
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
         "head": "entity", "batch_size": 32, "epochs": 8, "lr": 1e-3}  # fmt: skip
@@ -185,8 +195,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **how)
-    if parser.parse_args(arguments).demo:
-        parser.set_defaults(**DEMO)
+    first = parser.parse_args(arguments)
+    parser.set_defaults(**PRESETS[first.preset] | (DEMO if first.demo else {}))
     settings = Settings(**vars(parser.parse_args(arguments)))
     if settings.demo:
         if settings.model != Settings.model:
@@ -199,8 +209,9 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 # --- what is learned ---------------------------------------------------------------------------------------------
 
 
-def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str], dict]:
-    """(training rows, validation rows, labels, version of the data), as the settings say; `say` prints what is done."""
+def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row], list[str], dict]:
+    """(training rows, validation rows, rows that the predictions' share of the negative label is set on, labels,
+    version of the data), as the settings say; `say` prints what is done."""
     skipped = [] if settings.skip_bad_rows else None
     path = data.data_file(settings.data, "train")
     rows = data.read_rows(path, skipped)
@@ -211,24 +222,28 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[str
     if settings.clean:
         rows, removed = data.clean(rows, labels[0])
         say(f"cleaning removed {len(removed)} repeated or contradicting rows")
-    if settings.limit:
-        chosen = np.random.default_rng(DATA_SEED).permutation(len(rows))[: settings.limit]
-        rows = [rows[i] for i in sorted(chosen)]
+    like = data.rows_to_predict(settings.data, skipped) if settings.test_like() else []
     if settings.valid == "none":
         valid = []
     elif settings.valid:
         valid = data.with_known_labels(data.read_rows(settings.valid, skipped), labels, skipped)
     elif settings.folds:
         rows, valid = data.fold(rows, settings.folds, settings.fold, DATA_SEED)
+    elif settings.test_like():
+        rows, valid = data.split(rows, labels, 0.11, DATA_SEED, settings.no_relation_share, like)
     else:
-        test_like = settings.split == "test-like"
-        share, negative_share = (0.1, settings.no_relation_share) if test_like else (0.2, None)
-        rows, valid = data.split(rows, labels, share, negative_share, DATA_SEED)
+        rows, valid = data.split(rows, labels, 0.2, DATA_SEED)
+    rows = some(rows, settings.limit or len(rows))
     if skipped:
         say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
     if not rows or (not valid and settings.valid != "none"):
         raise InputError(f"{path}: {len(rows)} rows to train on and {len(valid)} to validate on, expected some of each")
-    return rows, valid, labels, version
+    return rows, valid, (like or valid) if settings.test_like() else [], labels, version
+
+
+def some(rows: list[Row], n: int) -> list[Row]:
+    """At most n of the rows, the same ones each time."""
+    return [rows[i] for i in sorted(np.random.default_rng(DATA_SEED).permutation(len(rows))[:n])]
 
 
 def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> torch.Tensor | None:
@@ -268,10 +283,15 @@ class Task:
                  f"{n_cut} cut to {self.settings.max_length}")  # fmt: skip
 
     def place(self, model: FlatEncoder):
-        """Takes the model to its device, once it is sure that it can read as many tokens."""
+        """Takes the model to its device, once it is sure that it can read as many tokens; sets the learning rate where
+        it is left to the model."""
         if self.settings.max_length > model.longest:
             found = f"{self.settings.model} takes at most {model.longest} tokens"
             raise InputError(f"--max-length {self.settings.max_length}: {found}")
+        if not self.settings.lr:
+            rate = 2e-5 * (1024 / model.encoder.config.hidden_size) ** 2
+            self.settings = replace(self.settings, lr=float(f"{rate:.2g}"))
+            self.say(f"learning rate {self.settings.lr}")
         self.model = model.to(self.machine.device)
 
     def log(self, writer: SummaryWriter, step: int):
@@ -283,7 +303,7 @@ class Relations(Task):
 
     def __init__(self, settings: Settings, machine: Machine, say):
         super().__init__(settings, machine, say)
-        rows, self.valid_rows, self.labels, version = choose_rows(settings, say)
+        rows, self.valid_rows, like_test, self.labels, version = choose_rows(settings, say)
         self.about = {"version": version, "labels": self.labels}
         template = Template(settings.marker, settings.prompt, settings.type_names)
 
@@ -294,6 +314,8 @@ class Relations(Task):
         self.examples, n_cut = encode(rows, template, self.tokenizer, self.labels, settings.max_length)
         self.valid, n_valid_cut = encode(self.valid_rows, template, self.tokenizer, self.labels, settings.max_length)
         self.gold = np.array([e.label for e in self.valid])
+        like_test = some(like_test, 1000)
+        self.like_test, _ = encode(like_test, template, self.tokenizer, self.labels, settings.max_length)
         self.lengths, self.n_targets = np.array([len(e.ids) for e in self.examples]), np.ones(len(rows), dtype=int)
         self.tell_lengths("rows", len(self.valid), n_cut + n_valid_cut)
 
@@ -302,7 +324,7 @@ class Relations(Task):
         shape = (settings.head, settings.norm, settings.gelu, settings.dropout, settings.entity_embedding)
         self.place(RelationModel(encoder, len(self.labels), *shape))
         self.alpha = focal_alpha(settings, self.labels, machine.device)
-        used = [[row[:-1] for row in rows], [row[:-1] for row in self.valid_rows], self.labels]
+        used = [[[row[:-1] for row in part] for part in (rows, self.valid_rows, like_test)], self.labels]
         self.hash = sha256(repr([*used, self.alpha is None or self.alpha.tolist()]).encode()).hexdigest()
 
     def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
@@ -315,10 +337,11 @@ class Relations(Task):
 
     def evaluate(self, max_tokens: int) -> dict:
         """Scores on the validation rows; none where there are no such rows."""
-        if not self.valid:
-            return {}
-        self.probs = predict(self.model, self.valid, self.machine, max_tokens)
-        return score(self.probs, self.gold)
+        n, share = len(self.valid), self.settings.no_relation_share
+        probs = predict(self.model, self.valid + self.like_test, self.machine, max_tokens)
+        self.negative_factor = negative_factor(probs[n:], share) if self.like_test else 1.0
+        self.probs = scale_negative(probs[:n], self.negative_factor)
+        return score(self.probs, self.gold) if self.valid else {}
 
     def merit(self, scores: dict) -> float:
         return scores[self.settings.best_metric]
@@ -328,11 +351,13 @@ class Relations(Task):
 
     def save(self, folder: Path, scores: dict):
         """Writes the model, and its predictions as `evaluate` has made them."""
-        about = {"settings": asdict(self.settings), "run": folder.name, "scores": scores}
-        folder_of_data = data.data_file(self.settings.data, "train").parent
-        about["data"] = self.settings.data if self.about["version"]["revision"] else str(folder_of_data.resolve())
-        about["version"] = self.about["version"]
-        save_checkpoint(folder / "ckpt.pt", self.model, self.tokenizer, self.labels, **about)
+        version, found = self.about["version"], self.settings.data
+        if not version["revision"]:
+            found = str(data.data_file(found, "train").parent.resolve())
+        save_checkpoint(
+            folder / "ckpt.pt", self.model, self.tokenizer, self.labels, settings=asdict(self.settings),
+            run=folder.name, scores=scores, negative_factor=self.negative_factor, data=found, version=version,
+        )  # fmt: skip
         if self.valid:
             ids, gold = [row.id for row in self.valid_rows], [row.label for row in self.valid_rows]
             predicted = [self.labels[c] for c in self.probs.argmax(1)]
@@ -412,12 +437,11 @@ class MaskedTokens(Task):
 def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dict]:
     """(training sentences, held-out sentences, version of the data): those to train and to predict on, each once."""
     skipped = [] if settings.skip_bad_rows else None
-    paths = [data.data_file(settings.data, "train")]
-    if settings.data.startswith("hub:") or any(Path(settings.data).glob("test_data.*")):
-        paths.append(data.data_file(settings.data, "test_data"))
-    rows = [row for path in paths for row in data.read_rows(path, skipped)]
-    version, sentences = data.version(paths[0], rows), list(dict.fromkeys(row.sentence for row in rows))
-    say(f"{' and '.join(map(str, paths))}: {len(sentences)} sentences")
+    path = data.data_file(settings.data, "train")
+    rows, others = data.read_rows(path, skipped), data.rows_to_predict(settings.data, skipped)
+    sentences = list(dict.fromkeys(row.sentence for row in rows + others))
+    version = data.version(path, rows + others)
+    say(f"{path}{' and test_data beside it' if others else ''}: {len(sentences)} sentences")
     sentences = [sentences[i] for i in np.random.default_rng(DATA_SEED).permutation(len(sentences))]
     sentences = sentences[: settings.limit or None]
     if settings.valid in ("", "none"):
@@ -428,7 +452,7 @@ def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dic
         held_out = set(valid)
         sentences = [sentence for sentence in sentences if sentence not in held_out]
     if not sentences:
-        raise InputError(f"{paths[0]}: no sentences to train on beside those held out")
+        raise InputError(f"{path}: no sentences to train on beside those held out")
     return sentences, valid, version
 
 
@@ -580,13 +604,12 @@ def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict,
 
 
 def remove_progress(folder: Path):
-    """What --fresh does away with. A restart by torchrun is no fresh start."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        for path in [folder / "last.pt", folder / "previous.pt", *folder.glob("events.out.tfevents*")]:
-            path.unlink(missing_ok=True)
+    """What --fresh does away with."""
+    for path in [folder / "last.pt", folder / "previous.pt", *folder.glob("events.out.tfevents*")]:
+        path.unlink(missing_ok=True)
 
 
-def train(settings: Settings, machine: Machine) -> dict:
+def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
     """The whole run, on each process; returns the best scores."""
     is_first = machine.rank == 0
 
@@ -596,10 +619,12 @@ def train(settings: Settings, machine: Machine) -> dict:
 
     folder = settings.folder()
     task = {"relation": Relations, "mlm": MaskedTokens}[settings.objective](settings, machine, say)
+    settings = task.settings
     optimizer = make_optimizer(task.model, settings)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
     parts = {"weights": task.model, "optimizer": optimizer, "scaler": scaler}
-    if settings.fresh and is_first:
+    restarted = machine.any(restarts() > 0)  # by torchrun, which is no fresh start
+    if settings.fresh and is_first and not restarted:
         remove_progress(folder)
     machine.wait_for_all()
     progress = load_progress(folder, settings, task.hash, parts, machine, say)
@@ -624,7 +649,7 @@ def train(settings: Settings, machine: Machine) -> dict:
     lengths = task.lengths
     per_epoch = math.ceil(len(lengths) / settings.batch_size)
     steps = settings.epochs * per_epoch
-    batches, max_tokens, stop = [], settings.max_tokens, StopSignal()
+    batches, max_tokens = [], settings.max_tokens
     purge_step = progress.step + 1 if progress.step else None  # what a killed run has written beyond
     writer = SummaryWriter(folder, purge_step=purge_step) if is_first else None
     if is_first:
@@ -734,14 +759,16 @@ def main():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
     with running(settings.amp) as machine:
+        stop = StopSignal()
         if settings.norm == "batch" and machine.world > 1:
             raise InputError("--norm batch: normalises over the sentences of one process, and there are several")
         if settings.seeds == 1:
-            train(settings, machine)
+            train(settings, machine, stop)
             return
         seeds = range(settings.seed, settings.seed + settings.seeds)
         folder = replace(settings, seed=Settings.seed).folder()
-        runs = [train(replace(settings, seed=seed, seeds=1, out=f"{folder}-seed={seed}"), machine) for seed in seeds]
+        each = [replace(settings, seed=seed, seeds=1, out=f"{folder}-seed={seed}") for seed in seeds]
+        runs = [train(one, machine, stop) for one in each]
         names = [name for name in runs[0] if name not in ("absent", "step")]
         if machine.rank == 0 and names:
             print(f"\nseeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation:")

@@ -80,6 +80,7 @@ def test_markers_match_the_golden_strings(marker, expected):
         ("none", "", ""),
         ("s_sep_o", "비틀즈</s>조지 해리슨", ""),
         ("s_and_o", "비틀즈와 조지 해리슨의 관계", ""),
+        ("describe", "이 문장에서 조지 해리슨은 비틀즈의 person이다.", ""),
         ("quiz", "다음 문장에서 비틀즈와 조지 해리슨의 관계를 추출하시오.", ""),
         (
             "problem",
@@ -443,21 +444,62 @@ def test_cleaning_keeps_the_first_of_equals_a_relation_over_none_and_the_later_o
 def test_splits_keep_sentences_on_one_side_and_mix_labels_as_asked(rows):
     repeated = rows + [r._replace(id=f"x{r.id}", subject=r.object, object=r.subject) for r in rows[:400]]
     for share, negative_share in ((0.2, None), (0.1, 0.6)):
-        train, valid = split(repeated, KLUE_LABELS, share, negative_share, seed=1)
+        train, valid = split(repeated, KLUE_LABELS, share, 1, negative_share)
         assert sorted(r.id for r in train + valid) == sorted(r.id for r in repeated)
         assert not {r.sentence for r in train} & {r.sentence for r in valid}
         assert abs(len(valid) / len(repeated) - share) < 0.03
         negatives = Counter(r.label for r in valid)["no_relation"] / len(valid)
         wanted = negative_share or Counter(r.label for r in repeated)["no_relation"] / len(repeated)
         assert abs(negatives - wanted) < 0.04
-        assert split(repeated, KLUE_LABELS, share, negative_share, seed=1)[1] == valid
-        assert split(repeated, KLUE_LABELS, share, negative_share, seed=2)[1] != valid
+        assert split(repeated, KLUE_LABELS, share, 1, negative_share)[1] == valid
+        assert split(repeated, KLUE_LABELS, share, 2, negative_share)[1] != valid
+
+
+def made_up(n, seed=0):
+    """Rows of types, sources and labels that hang together, a third of them of pairs that stand in other rows too."""
+    random, out = np.random.default_rng(seed), []
+    for i in range(n):
+        kind, negative = ("LOC", "DAT", "POH")[random.choice(3, p=(0.5, 0.4, 0.1))], random.random() < 0.3
+        pair = (f"s{i}", f"o{i}") if random.random() < 0.67 else (f"s{i % 40}", f"o{i % 40}")
+        made = row(f"{pair[0]} 및 {pair[1]} {i}", *pair, id=str(i), label="no_relation" if negative else "per:title")
+        source = "wikitree" if random.random() < (0.5 if kind == "POH" else 0.2) else "wikipedia"
+        out.append(made._replace(object=made.object._replace(type=kind), source=source))
+    return out
+
+
+def test_a_test_like_split_has_the_types_and_sources_of_the_test_set_and_no_pair_twice():
+    rows = made_up(6000)
+    like = [r for r in made_up(3000, seed=1) if (r.object.type, r.source) == ("POH", "wikitree") or int(r.id) % 4 == 0]
+    train, valid = split(rows, KLUE_LABELS, 0.1, 1, 0.6, like)
+    pairs, in_train = ([(r.subject.word, r.object.word) for r in part] for part in (valid, train))
+    assert not set(pairs) & set(in_train)
+    assert 480 < len(valid) <= 600
+    assert abs(Counter(r.label for r in valid)["no_relation"] / len(valid) - 0.6) < 0.05
+    for value in (lambda r: r.object.type, lambda r: r.source):
+        plain, found, wanted = (Counter(map(value, part)) for part in (rows, valid, like))
+        for name in wanted:
+            assert abs(found[name] / len(valid) - wanted[name] / len(like)) < 0.03
+        assert max(abs(plain[name] / len(rows) - wanted[name] / len(like)) for name in wanted) > 0.03
+    # kinds of rows that only the test set has do no harm, nor do sources that tell each row from all others
+    other = [r._replace(source="elsewhere") for r in like[:100]]
+    own = [r._replace(source=r.id) for r in rows]
+    for training, test in ((rows, like + other), (rows, other), (own, like), (own, ())):
+        assert len(split(training, KLUE_LABELS, 0.1, 1, 0.6, test)[1]) > 480
+
+
+def test_a_stratified_split_takes_sentences_of_several_rows_as_often(rows):
+    sentences = [r for r in rows if not r.id.endswith("7")]
+    doubled = sentences + [r._replace(id=f"x{r.id}", subject=r.object, object=r.subject) for r in sentences[:600]]
+    of_several = {r.sentence for r in sentences[:600]}
+    _, valid = split(doubled, KLUE_LABELS, 0.2, 1)
+    found = np.mean([r.sentence in of_several for r in valid])
+    assert abs(found - np.mean([r.sentence in of_several for r in doubled])) < 0.15
 
 
 def test_a_split_that_would_take_most_of_a_label_is_refused(rows):
     few = [r for r in rows if r.label != "no_relation"] + [r for r in rows if r.label == "no_relation"][:20]
     with pytest.raises(InputError, match="no-relation-share"):
-        split(few, KLUE_LABELS, 0.1, 0.6, seed=1)
+        split(few, KLUE_LABELS, 0.1, 1, 0.6)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, SAMPLE
 
 
 def small(encoder_folder, out, *more):
-    settings = f"--data {SAMPLE} --model {encoder_folder} --out {out} --amp off --limit 300 --split stratified"
+    settings = f"--data {SAMPLE} --model {encoder_folder} --out {out} --amp off --limit 260 --split stratified"
     return [*settings.split(), *"--batch-size 30 --epochs 2 --lr 1e-3 --save-every 3".split(), *more]  # 18 steps
 
 

@@ -10,8 +10,9 @@ import transformers
 from sklearn.metrics import log_loss
 
 from data import InputError
-from infer import Machine, predict
+from infer import Machine, negative_factor, predict, scale_negative
 from model import (
+    MODEL_FORMAT,
     Dropout,
     Example,
     RelationModel,
@@ -244,6 +245,19 @@ def test_a_truncated_or_foreign_checkpoint_is_named(checkpoint, tmp_path):
         assert "\n" not in str(raised.value)
 
 
+def test_the_negative_label_gets_its_share_and_the_others_keep_their_order():
+    probs = np.random.default_rng(0).dirichlet(np.ones(5), 1000)
+    assert (probs.argmax(1) == 0).mean() < 0.25
+    for share in (0.1, 0.6, 0.9):
+        scaled = scale_negative(probs, negative_factor(probs, share))
+        assert abs((scaled.argmax(1) == 0).mean() - share) < 0.002
+        np.testing.assert_allclose(scaled.sum(1), 1)
+        np.testing.assert_allclose(scaled[:, 1:] / scaled[:, 1:2], probs[:, 1:] / probs[:, 1:2])
+    np.testing.assert_array_equal(scale_negative(probs, 1.0), probs / probs.sum(1, keepdims=True))
+    certain = np.eye(5)[np.arange(10) % 5]  # no probability of the negative label in 8 of 10 rows
+    assert np.isfinite(scale_negative(certain, negative_factor(certain, 0.9))).all()
+
+
 class Planted:
     def __reduce__(self):
         return (open, ("planted", "w"))
@@ -251,7 +265,7 @@ class Planted:
 
 def test_a_planted_pickle_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": "relation model 1", "weights": Planted()}, "bad.pt")
+    torch.save({"format": MODEL_FORMAT, "weights": Planted()}, "bad.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Planted()))
     for name in ("bad.pt", "raw.pt"):
         with pytest.raises(InputError, match=name):

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import (
@@ -36,14 +37,18 @@ def test_klue_re_is_read_cleaned_and_split_as_the_report_did():
     rows, removed = clean(with_known_labels(rows, KLUE_LABELS))
     assert len(removed) == 47
     assert {"6749", "8364", "22258", "4212"} <= {row.id for row in removed}
-    train, valid = split(rows, KLUE_LABELS, 0.1, 0.6, seed=42)
-    assert not {r.sentence for r in train} & {r.sentence for r in valid}
-    assert abs(Counter(r.label for r in valid)["no_relation"] / len(valid) - 0.6) < 0.01
-    assert abs(len(valid) / len(rows) - 0.1) < 0.005
-    assert len({r.label for r in valid}) == 30
     test = read_rows(Path(KLUE_RE) / "test_data.csv")
     assert len(test) == 7765
     assert {row.label for row in test} == {None}
+    train, valid = split(rows, KLUE_LABELS, 0.11, 42, 0.6, test)
+    assert not {r.sentence for r in train} & {r.sentence for r in valid}
+    assert len(valid) > 3000
+    for part, of_pair in ((valid, 0.372), (test, 0.408)):  # rows whose object is a POH: 15.7 % in train
+        assert np.mean([r.object.type == "POH" for r in part]) == pytest.approx(of_pair, abs=0.001)
+    subjects = {r.subject.word for r in train}
+    for part, known in ((valid, 0.375), (test, 0.330)):  # and whose subject is one of train's: 78.5 % in train
+        assert np.mean([r.subject.word in subjects for r in part]) == pytest.approx(known, abs=0.04)
+    assert Counter(r.label for r in valid)["no_relation"] / len(valid) == pytest.approx(0.544, abs=0.001)
 
 
 @needs_data

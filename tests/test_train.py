@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,11 +38,14 @@ def test_settings_come_from_the_command_line():
     assert (demo.out, demo.head, demo.model) == ("runs/demo", "bigru", "runs/demo/encoder")
 
 
-def test_the_defaults_are_those_of_the_report():
-    s = Settings()
+def test_a_preset_sets_what_the_report_had_and_options_come_on_top():
+    s = parse_settings(["--preset", "report"])
     assert (s.model, s.data, s.batch_size, s.lr, s.epochs, s.beta2) == ("klue/roberta-large", "data", 64, 2e-5, 5, 0.98)
     assert (s.weight_decay, s.warmup_ratio, s.marker, s.prompt) == (0.01, 0.06, "typed_entity_marker_punct", "s_and_o")
     assert (s.seed, s.max_length, s.split, s.norm, s.gelu, s.dropout) == (42, 256, "test-like", "layer", False, 0)
+    assert (s.head, s.type_names) == ("cls", "en")
+    assert parse_settings(["--preset", "report", "--head", "bilstm"]) == replace(s, head="bilstm")
+    assert parse_settings([]) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ SAMPLE = __file__.replace("test_train.py", "sample")
 
 def small(encoder_folder, out, *more):
     """A short training on the sample, in fp32 and without dropout; 30 sentences a batch do not divide evenly."""
-    settings = f"--data {SAMPLE} --model {encoder_folder} --out {out} --amp off --limit 400 --split stratified"
+    settings = f"--data {SAMPLE} --model {encoder_folder} --out {out} --amp off --limit 320 --split stratified"
     return ["train.py", *settings.split(), *"--batch-size 30 --epochs 2 --lr 1e-3 --head bilstm".split(), *more]
 
 
@@ -235,6 +239,27 @@ def test_without_validation_every_row_is_trained_on_and_the_last_model_kept(call
     assert all(torch.equal(kept["weights"][k], last["weights"][k]) for k in kept["weights"])
     assert not (tmp_path / "all" / "valid.csv").exists()
     assert "micro F1" in call(infer, "all/ckpt.pt").out
+
+
+def test_a_limit_leaves_the_validation_rows_as_they_are_and_the_learning_rate_suits_the_encoder(
+    call, encoder_folder, tmp_path
+):
+    settings = f"--data {SAMPLE} --model {encoder_folder} --amp off --epochs 1 --batch-size 30 --no-relation-share 0.4"
+    ids = []
+    for limit in (60, 90):
+        done = call(train, *settings.split(), "--limit", limit, "--out", f"run-{limit}")
+        assert f"{limit} rows to train on" in done.out
+        assert "learning rate 0.0013" in done.out  # 2e-5 x (1024 / 128)²
+        ids.append(read_predictions(str(tmp_path / f"run-{limit}" / "valid.csv")).ids)
+    assert ids[0] == ids[1]
+    content = torch.load(tmp_path / "run-90" / "ckpt.pt", weights_only=True)
+    assert content["settings"]["lr"] == 0.0013
+
+    # the share of no_relation in the rows to predict is what was asked for
+    call(infer, "run-90/ckpt.pt", "--amp", "off")
+    predicted = read_predictions(str(tmp_path / "out" / "run-90.csv")).predicted
+    assert content["negative_factor"] > 0
+    assert abs(np.mean([label == "no_relation" for label in predicted]) - 0.4) < 0.02
 
 
 def test_seeds_train_a_run_each_and_their_checkpoints_predict_together(call, encoder_folder, tmp_path):
