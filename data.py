@@ -626,7 +626,7 @@ class Template(NamedTuple):
 
     def render(self, row: Row, separator: str = "[SEP]") -> Rendered:
         """The text of a row; `separator` is the tokenizer's own. Each entity is marked at its own offsets, whether
-        they overlap, nest or share a word. Raises InputError where an entity has no type and needs one."""
+        they overlap, nest or share a word. Raises InputError where a typed marker meets an entity without type."""
         entities = (row.subject, row.object)
         edits = []
         for who, entity in enumerate(entities):
@@ -647,8 +647,6 @@ class Template(NamedTuple):
         s, o = row.subject.word, row.object.word
         before, after = PROMPTS[self.prompt]
         words = {"s": s, "o": o, "sep": separator, "s과": s + particle(s, "과/와"), "o은": o + particle(o, "은/는")}
-        if "{type}" in before:
-            words["type"] = self._type_name(1, row.object, row.where, f"--prompt {self.prompt}")
         return Rendered(before.format(**words), text, after.format(**words), tuple(map(tuple, spans)))
 
     def added_tokens(self, types: set[str]) -> list[str]:
@@ -663,14 +661,11 @@ class Template(NamedTuple):
 
     def _markers(self, who: int, entity: Entity, where: str) -> tuple[str, str]:
         opening, closing = MARKERS[self.marker][who]
-        name = self._type_name(who, entity, where, f"--marker {self.marker}") if "{" in opening else ""
-        return opening.format(type=name, TYPE=entity.type), closing.format(type=name)
-
-    def _type_name(self, who: int, entity: Entity, where: str, option: str) -> str:
-        if entity.type is None:
+        if "{" in opening and entity.type is None:
             field = ("subject_entity", "object_entity")[who]
-            raise InputError(f"{where}: {field}: has no type, which {option} needs; use entity_marker and s_and_o")
-        return TYPE_NAMES[self.type_names].get(entity.type, entity.type.lower())
+            raise InputError(f"{where}: {field}: has no type, which --marker {self.marker} needs; use entity_marker")
+        name = TYPE_NAMES[self.type_names].get(entity.type, (entity.type or "").lower())
+        return opening.format(type=name, TYPE=entity.type), closing.format(type=name)
 
 
 # (opening, closing) for the subject, then for the object; the words of `none` and `entity_mask` have no closing mark
@@ -687,7 +682,6 @@ PROMPTS = {
     "none": ("", ""),
     "s_sep_o": ("{s}{sep}{o}", ""),
     "s_and_o": ("{s과} {o}의 관계", ""),
-    "describe": ("이 문장에서 {o은} {s}의 {type}이다.", ""),
     "quiz": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", ""),
     "problem": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", " {s과} {o은} 어떤 관계입니까?"),
 }

@@ -71,7 +71,7 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
         [_cut_middle(text.ids, max_length // 4) for text in _tokens(tokenizer, texts)]
         for texts in ([r.before for r in rendered], [r.after for r in rendered])
     )
-    texts = _tokens(tokenizer, [r.text for r in rendered])
+    texts = _tokens(tokenizer, [r.text for r in rendered], with_offsets=True)
     examples, n_cut = [], 0
     for i, r in enumerate(rendered):
         ids, offsets = texts[i].ids, texts[i].offsets
@@ -159,11 +159,12 @@ def collate_masked(examples, words, rows, key: list[int], tokenizer):
     return batch, torch.from_numpy(flat), torch.from_numpy(true)
 
 
-def _tokens(tokenizer, texts: list[str]):
+def _tokens(tokenizer, texts: list[str], with_offsets=False):
     """What the tokenizers library makes of the texts: transformers' own call takes twice the time around it."""
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return (backend.encode_batch if with_offsets else backend.encode_batch_fast)(texts, add_special_tokens=False)
 
 
 def _special_tokens(tokenizer, pair: bool):
@@ -469,8 +470,8 @@ class RelationModel(FlatEncoder):
 
     head: "cls" reads the first token; "entity" the first token and the opening marks of subject and object, in a
     decoder, where only later tokens know, the last token and the closing marks; "bilstm" and "bigru" the last forward
-    and the last backward state of an RNN over the sentence. norm ("layer", "batch", "none"), gelu and dropout act on
-    what is read, before the classifier.
+    and the last backward state of an RNN over the sentence; "entity_bilstm" what "entity" and "bilstm" read. norm
+    ("layer", "batch", "none"), gelu and dropout act on what is read, before the classifier.
     """
 
     def __init__(
@@ -479,9 +480,10 @@ class RelationModel(FlatEncoder):
         super().__init__(encoder, entity_embedding)
         self.head = head
         hidden = encoder.config.hidden_size
-        width = {"cls": hidden, "entity": 3 * hidden, "bilstm": 2 * hidden, "bigru": 2 * hidden}[head]
-        if head in ("bilstm", "bigru"):
-            self.rnn = (nn.LSTM if head == "bilstm" else nn.GRU)(hidden, hidden, bidirectional=True)
+        width = hidden * {"cls": 1, "entity": 3, "bilstm": 2, "bigru": 2, "entity_bilstm": 5}[head]
+        self.rnn = None
+        if head not in ("cls", "entity"):
+            self.rnn = (nn.GRU if head == "bigru" else nn.LSTM)(hidden, hidden, bidirectional=True)
             for name, weight in self.rnn.named_parameters():
                 nn.init.xavier_normal_(weight) if "weight" in name else nn.init.zeros_(weight)
         norms = {"layer": nn.LayerNorm, "batch": BatchNorm, "none": nn.Identity}
@@ -498,13 +500,14 @@ class RelationModel(FlatEncoder):
         token, marks = batch.offsets[:-1].long(), batch.marks
         if self.is_causal:
             token, marks = batch.offsets[1:].long() - 1, batch.closings
+        features = []
         if self.head == "cls":
-            features = states[token]
-        elif self.head == "entity":
-            features = states[torch.cat([token[:, None], marks], 1)].flatten(1)
-        else:
-            features = self._last_states(states, batch)
-        return self.classifier(self.dropout(self.activation(self.norm(features))))
+            features.append(states[token])
+        if self.head in ("entity", "entity_bilstm"):
+            features.append(states[torch.cat([token[:, None], marks], 1)].flatten(1))
+        if self.rnn is not None:
+            features.append(self._last_states(states, batch))
+        return self.classifier(self.dropout(self.activation(self.norm(torch.cat(features, 1)))))
 
     def _last_states(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The RNN's forward state at the last token of each sentence beside the backward one at its first token,
@@ -512,7 +515,7 @@ class RelationModel(FlatEncoder):
         if states.is_cuda:
             with torch.autocast("cuda", enabled=False):  # which would run it in fp16 also where bf16 is asked for
                 _, last = self.rnn(PackedSequence(states[batch.packing].float(), batch.batch_sizes))
-            last = last[0] if self.head == "bilstm" else last  # (2 directions, B, hidden)
+            last = last if self.head == "bigru" else last[0]  # (2 directions, B, hidden)
             return torch.cat([last[0], last[1]], 1)
         # torch's CPU kernels take three times as long for packed sequences as for padded ones, and a batch has
         # sentences of like length. Each direction runs by itself, the backward one over the sentences reversed.
@@ -529,7 +532,7 @@ class RelationModel(FlatEncoder):
             ):
                 weights = [w.to(dtype) for w in weights]
                 zero = states.new_zeros(1, len(lengths), states.shape[1], dtype=dtype)
-                run, start = (torch.lstm, (zero, zero)) if self.head == "bilstm" else (torch.gru, zero)
+                run, start = (torch.gru, zero) if self.head == "bigru" else (torch.lstm, (zero, zero))
                 out = run(states[order].to(dtype), start, weights, True, 1, 0.0, self.training, False, False)[0]
                 last.append(out[lengths - 1, torch.arange(len(lengths))])
         return torch.cat(last, 1)

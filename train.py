@@ -13,9 +13,11 @@ on the validation rows), summary.json, what TensorBoard shows, and last.pt, from
 """
 
 import argparse
+import gc
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -63,7 +65,7 @@ LOG_EVERY = 10  # steps between two readings of the loss
 # what --preset stands for; options given beside it come on top
 PRESETS = {
     "recommended": {},
-    "report": {"prompt": "s_and_o", "type_names": "en", "head": "cls", "lr": 2e-5},
+    "report": {"head": "cls", "lr": 2e-5, "layer_decay": 1.0},
 }
 BAD_STEPS = 20  # in a row that stop a run; fp16 skips a few at its start until it has found its scale
 
@@ -100,7 +102,8 @@ class Settings:
     objective: str = setting("relation", "what is learned; mlm: masked tokens of the sentences, before fine-tuning",
                              "relation", "mlm")  # fmt: skip
     model: str = setting("klue/roberta-large", "encoder: a folder, or a name on the Hugging Face hub")
-    head: str = setting("cls", "what reads the relation off the encoder's states", "cls", "entity", "bilstm", "bigru")
+    head: str = setting("entity_bilstm", "what reads the relation off the encoder's states",
+                        "cls", "entity", "bilstm", "bigru", "entity_bilstm")  # fmt: skip
     norm: str = setting("layer", "normalisation before the classifier", "layer", "batch", "none")
     gelu: bool = setting(False, "a GELU before the classifier")
     dropout: float = setting(0.0, "dropout before the classifier (the encoder has its own)", 0, 0.99)
@@ -110,7 +113,9 @@ class Settings:
     # optimisation
     batch_size: int = setting(64, "sentences an optimiser step, over all processes together", 1, math.inf)
     epochs: int = setting(5, "times that every training row is seen", 1, math.inf)
-    lr: float = setting(0.0, "highest learning rate; 0: 2e-5 for 1,024 hidden units, more for fewer", 0, math.inf)
+    lr: float = setting(0.0, "highest learning rate; 0: 4e-5 for 1,024 hidden units, more for fewer", 0, math.inf)
+    layer_decay: float = setting(0.0, "a layer's learning rate as a share of that of the layer above; 0: 0.85 in an "
+                                 "encoder of 12 layers, and the same from top to bottom in others", 0, 1)  # fmt: skip
     warmup_ratio: float = setting(0.06, "share of the steps in which the learning rate rises, to fall to 0 then", 0, 1)
     beta2: float = setting(0.98, "AdamW's second beta", 0, 1)
     weight_decay: float = setting(0.01, "AdamW's weight decay (none on biases and norms)", 0, math.inf)
@@ -174,7 +179,7 @@ class Settings:
 NOT_OPTIMISATION = ("preset", "seeds", "max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo",
                     "deterministic")  # fmt: skip
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
-        "head": "entity", "batch_size": 32, "epochs": 8, "lr": 1e-3}  # fmt: skip
+        "head": "entity", "batch_size": 32, "epochs": 8, "lr": 1e-3, "layer_decay": 1.0}  # fmt: skip
 
 
 def flag(name: str) -> str:
@@ -267,6 +272,8 @@ class Task:
     training depends on beside the settings. about: the data's version and more for summary.json.
     """
 
+    decay_of_12_layers = 0.85  # of the learning rate
+
     def __init__(self, settings: Settings, machine: Machine, say):
         self.settings, self.machine, self.say = settings, machine, say
 
@@ -283,15 +290,16 @@ class Task:
                  f"{n_cut} cut to {self.settings.max_length}")  # fmt: skip
 
     def place(self, model: FlatEncoder):
-        """Takes the model to its device, once it is sure that it can read as many tokens; sets the learning rate where
-        it is left to the model."""
+        """Takes the model to its device, once it is sure that it can read as many tokens; chooses the learning rates
+        where that is left to it, by width as ELECTRA's for its sizes (Clark et al. 2020)."""
         if self.settings.max_length > model.longest:
             found = f"{self.settings.model} takes at most {model.longest} tokens"
             raise InputError(f"--max-length {self.settings.max_length}: {found}")
-        if not self.settings.lr:
-            rate = 2e-5 * (1024 / model.encoder.config.hidden_size) ** 2
-            self.settings = replace(self.settings, lr=float(f"{rate:.2g}"))
-            self.say(f"learning rate {self.settings.lr}")
+        encoder = model.encoder.config
+        rate = self.settings.lr or float(f"{4e-5 * (1024 / encoder.hidden_size) ** 2:.2g}")
+        decay = self.settings.layer_decay or round(self.decay_of_12_layers ** (12 / encoder.num_hidden_layers), 3)
+        self.settings = replace(self.settings, lr=rate, layer_decay=decay)
+        self.say(f"learning rate {rate}, from layer to layer down times {decay}")
         self.model = model.to(self.machine.device)
 
     def log(self, writer: SummaryWriter, step: int):
@@ -324,7 +332,8 @@ class Relations(Task):
         shape = (settings.head, settings.norm, settings.gelu, settings.dropout, settings.entity_embedding)
         self.place(RelationModel(encoder, len(self.labels), *shape))
         self.alpha = focal_alpha(settings, self.labels, machine.device)
-        used = [[[row[:-1] for row in part] for part in (rows, self.valid_rows, like_test)], self.labels]
+        used = [version["content"], [row.id for row in rows], self.labels]
+        used += [[row[:-1] for row in part] for part in (self.valid_rows, like_test)]
         self.hash = sha256(repr([*used, self.alpha is None or self.alpha.tolist()]).encode()).hexdigest()
 
     def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
@@ -375,6 +384,8 @@ class Relations(Task):
 class MaskedTokens(Task):
     """Masked tokens of the sentences to train and to predict on, which goes on with the encoder's pre-training
     (Gururangan et al. 2020). No labels, marks or prompts."""
+
+    decay_of_12_layers = 1.0
 
     def __init__(self, settings: Settings, machine: Machine, say):
         super().__init__(settings, machine, say)
@@ -459,12 +470,24 @@ def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dic
 # --- the optimiser -----------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """Fused AdamW that decays matrices only: vectors are biases and the scales of norms."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+def make_optimizer(model: FlatEncoder, settings: Settings) -> torch.optim.AdamW:
+    """Fused AdamW that decays matrices only: vectors are biases and the scales of norms. A group's learning rate is
+    `scale` times that of the step."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        scale = settings.layer_decay ** layers_above(name, model.encoder.config.num_hidden_layers)
+        weight_decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        group = {"params": [], "scale": scale, "weight_decay": weight_decay}
+        groups.setdefault((scale, weight_decay), group)["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+
+
+def layers_above(name: str, n_layers: int) -> int:
+    """How many layers, the head counted as one, a parameter's output goes through; all architectures number theirs."""
+    if not name.startswith("encoder."):
+        return 0
+    found = re.search(r"\.(\d+)\.", name)
+    return n_layers - int(found[1]) if found else n_layers + 1
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
@@ -646,6 +669,8 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
         return scores
 
     # the loop
+    gc.freeze()  # what is loaded stays
+    gc.enable()
     lengths = task.lengths
     per_epoch = math.ceil(len(lengths) / settings.batch_size)
     steps = settings.epochs * per_epoch
@@ -665,7 +690,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
                 batches = training_batches(lengths, settings.batch_size, settings.seed, epoch)
             rate = learning_rate(settings, progress.step, steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             trained.train()
             rest, tokens_before = (batches[place], progress.step, settings, machine, scaler), max_tokens
             while (loss := batch_gradients(task, trained, *rest, max_tokens)) is None:
@@ -753,6 +778,7 @@ def finish(folder: Path, settings: Settings, progress: Progress, task: Task, wri
 @data.exit_on_bad_input
 def main():
     settings = parse_settings()
+    gc.disable()  # while rows become examples there is nothing to collect, and looking for it takes a second
     transformers.logging.set_verbosity_error()  # else it warns of the heads in the files that we leave unread
     transformers.logging.disable_progress_bar()
     if settings.deterministic:

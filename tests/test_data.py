@@ -80,7 +80,6 @@ def test_markers_match_the_golden_strings(marker, expected):
         ("none", "", ""),
         ("s_sep_o", "비틀즈</s>조지 해리슨", ""),
         ("s_and_o", "비틀즈와 조지 해리슨의 관계", ""),
-        ("describe", "이 문장에서 조지 해리슨은 비틀즈의 person이다.", ""),
         ("quiz", "다음 문장에서 비틀즈와 조지 해리슨의 관계를 추출하시오.", ""),
         (
             "problem",

@@ -114,7 +114,7 @@ def test_entity_embeddings_start_as_nothing_and_are_learned(family, typed):
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-@pytest.mark.parametrize("head", ["cls", "entity", "bilstm", "bigru"])
+@pytest.mark.parametrize("head", ["cls", "entity", "bilstm", "bigru", "entity_bilstm"])
 def test_heads_read_what_they_say(head, family):
     model = RelationModel(encoder_of(family), 30, head, norm="none").eval()
     examples = examples_of((9, 4, 17, 9))
@@ -125,14 +125,12 @@ def test_heads_read_what_they_say(head, family):
         example = examples[row]
         states = model.encode(collate([example], np.array([0])))
         token, marks = (0, example.marks) if family == "bert" else (-1, example.closings)
-        if head == "cls":
-            features = states[token]
-        elif head == "entity":
-            features = torch.cat([states[token], states[marks[0]], states[marks[1]]])
-        else:
+        expected = {"cls": [states[token]], "entity": [states[token], states[marks[0]], states[marks[1]]]}
+        features = expected.get(head.removesuffix("_bilstm"), [])
+        if head not in expected:
             out, _ = model.rnn(states[:, None])
-            features = torch.cat([out[-1, 0, :32], out[0, 0, 32:]])
-        torch.testing.assert_close(logits[i], model.classifier(features), rtol=1e-4, atol=1e-5)
+            features = [*features, out[-1, 0, :32], out[0, 0, 32:]]
+        torch.testing.assert_close(logits[i], model.classifier(torch.cat(features)), rtol=1e-4, atol=1e-5)
 
 
 def test_what_stands_before_the_classifier():
@@ -177,7 +175,7 @@ def test_runs_within_a_token_budget_hold_every_row_once():
     assert runs[0].tolist() == [3]
 
 
-@pytest.mark.parametrize("head", ["entity", "bilstm", "bigru"])
+@pytest.mark.parametrize("head", ["entity", "bilstm", "bigru", "entity_bilstm"])
 @pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
 def test_predictions_do_not_depend_on_the_batch(family, head):
     model = RelationModel(encoder_of(family), 30, head)

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ import train
 from data import InputError
 from infer import Machine
 from metrics import read_predictions
+from model import RelationModel
+from tests.test_model import DECODERS, FAMILIES, encoder_of
 from train import (
     Relations,
     Settings,
@@ -33,7 +36,7 @@ def test_settings_come_from_the_command_line():
     settings = parse_settings(["--head", "bilstm", "--no-clean", "--lr", "1e-4", "--gelu"])
     assert settings == Settings(head="bilstm", clean=False, lr=1e-4, gelu=True)
     assert settings.folder().as_posix() == "runs/roberta-large-bilstm-no_clean-gelu-lr=0.0001"
-    assert parse_settings([]).folder().as_posix() == "runs/roberta-large-cls"
+    assert parse_settings([]).folder().as_posix() == "runs/roberta-large-entity_bilstm"
     demo = parse_settings(["--demo", "--head", "bigru"])
     assert (demo.out, demo.head, demo.model) == ("runs/demo", "bigru", "runs/demo/encoder")
 
@@ -43,7 +46,7 @@ def test_a_preset_sets_what_the_report_had_and_options_come_on_top():
     assert (s.model, s.data, s.batch_size, s.lr, s.epochs, s.beta2) == ("klue/roberta-large", "data", 64, 2e-5, 5, 0.98)
     assert (s.weight_decay, s.warmup_ratio, s.marker, s.prompt) == (0.01, 0.06, "typed_entity_marker_punct", "s_and_o")
     assert (s.seed, s.max_length, s.split, s.norm, s.gelu, s.dropout) == (42, 256, "test-like", "layer", False, 0)
-    assert (s.head, s.type_names) == ("cls", "en")
+    assert (s.head, s.type_names, s.layer_decay) == ("cls", "en", 1)
     assert parse_settings(["--preset", "report", "--head", "bilstm"]) == replace(s, head="bilstm")
     assert parse_settings([]) == Settings()
 
@@ -94,11 +97,29 @@ def test_the_learning_rate_rises_and_falls_in_lines():
 
 
 def test_biases_and_norms_do_not_decay():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    decayed, free = make_optimizer(model, Settings(weight_decay=0.1)).param_groups
-    assert [p.ndim for p in decayed["params"]] == [2]
-    assert len(free["params"]) == 3
+    model = RelationModel(encoder_of("bert"), 30)
+    decayed, free = make_optimizer(model, Settings(weight_decay=0.1, layer_decay=1)).param_groups
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
     assert (decayed["weight_decay"], free["weight_decay"], decayed["betas"]) == (0.1, 0.0, (0.9, 0.98))
+
+
+@pytest.mark.parametrize("family", FAMILIES | DECODERS)
+def test_lower_layers_learn_more_slowly(family):
+    model = RelationModel(encoder_of(family), 30, "bilstm", entity_embedding="plain")
+    optimizer = make_optimizer(model, Settings(layer_decay=0.5))
+    scale = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    assert scale[id(model.encoder.get_input_embeddings().weight)] == 0.5**4
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"(?:layers?|h)\.(\d)\.", name)  # three of them
+        if layer:
+            assert scale[id(parameter)] == 0.5 ** (3 - int(layer[1]))
+        elif name.startswith(("rnn", "classifier", "norm", "entity_embeddings")):
+            assert scale[id(parameter)] == 1
+        else:
+            assert scale[id(parameter)] == 0.5**4, name
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -115,11 +136,12 @@ def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world):
 @pytest.mark.parametrize(("amp", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.03)])
 def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, tolerance):
     """Flat parts of 300 tokens, against whole batches that are padded and go through transformers' own attention."""
-    settings = Settings(data=SAMPLE, model=str(encoder_folder), limit=160, valid="none", batch_size=16, lr=1e-3)
+    shape = {"data": SAMPLE, "model": str(encoder_folder), "limit": 160, "valid": "none", "batch_size": 16}
+    settings = Settings(**shape, head="cls", lr=1e-3, layer_decay=1)
     machine = Machine(torch.device("cpu"), amp)
     task, scaler = Relations(settings, machine, lambda text: None), torch.amp.GradScaler("cpu", enabled=False)
-    encoder = AutoModel.from_pretrained(encoder_folder, add_pooling_layer=False)
-    padded = torch.nn.ModuleList([encoder, *copy.deepcopy([task.model.norm, task.model.classifier])])
+    padded = copy.deepcopy(task.model)
+    padded.encoder = AutoModel.from_pretrained(encoder_folder, add_pooling_layer=False)
     ours, theirs = make_optimizer(task.model, settings), make_optimizer(padded, settings)
     losses = []
     for step, rows in enumerate(training_batches(task.lengths, settings.batch_size, seed=0, epoch=0)):
@@ -131,8 +153,8 @@ def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, to
             for tokens in ([e.ids for e in chosen], [e.types for e in chosen], [np.ones_like(e.ids) for e in chosen])
         )
         with machine.autocast():
-            states = encoder(ids, token_type_ids=types, attention_mask=mask).last_hidden_state
-            logits = padded[2](padded[1](states[:, 0]))
+            states = padded.encoder(ids, token_type_ids=types, attention_mask=mask).last_hidden_state
+            logits = padded.classifier(padded.norm(states[:, 0]))
         loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([e.label for e in chosen]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(padded.parameters(), settings.clip_norm)
@@ -249,11 +271,11 @@ def test_a_limit_leaves_the_validation_rows_as_they_are_and_the_learning_rate_su
     for limit in (60, 90):
         done = call(train, *settings.split(), "--limit", limit, "--out", f"run-{limit}")
         assert f"{limit} rows to train on" in done.out
-        assert "learning rate 0.0013" in done.out  # 2e-5 x (1024 / 128)²
+        assert "learning rate 0.0026, from layer to layer down times 0.377" in done.out
         ids.append(read_predictions(str(tmp_path / f"run-{limit}" / "valid.csv")).ids)
     assert ids[0] == ids[1]
     content = torch.load(tmp_path / "run-90" / "ckpt.pt", weights_only=True)
-    assert content["settings"]["lr"] == 0.0013
+    assert content["settings"]["lr"] == 0.0026  # 4e-5 x (1024 / 128)²
 
     # the share of no_relation in the rows to predict is what was asked for
     call(infer, "run-90/ckpt.pt", "--amp", "off")
