@@ -431,10 +431,10 @@ def clean(rows: list[Row], negative: str = "no_relation") -> tuple[list[Row], li
 def split(rows: list[Row], labels: list[str], share: float, seed: int, negative_share=None, like=()):
     """(train, valid) where valid has about `share` of the rows, whole sentences, its labels mixed as in `rows`.
 
-    Given `negative_share` it is like KLUE-RE's test set, which is harder than the training rows: it has that share of
-    the negative label, the first (60 % there, 29 % in train); no two entities stand together on both sides (3 % of the
-    test rows have a pair of train's, but 61 % of train's rows one of another row); and types of entities and sources
-    are mixed as in the rows `like`, as far as the labels allow.
+    Given `negative_share` it is like KLUE-RE's test set, which is harder than the training rows: as far as the rows
+    allow it has that share of the negative label, the first (60 % there, 29 % in train), and types of entities and
+    sources are mixed as in the rows `like`; and no two entities stand together on both sides (3 % of the test rows have
+    a pair of train's, but 61 % of train's rows one of another row).
     """
     negative = np.array([row.label == labels[0] for row in rows])
     strata, wanted = [_stratum(row) for row in rows], Counter(map(_stratum, like))
