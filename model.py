@@ -26,6 +26,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -318,6 +319,7 @@ def _attend(q, k, v, mask, scaling):
     return ((q * scaling) @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
+huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each of its tries without a network
 AttentionInterface.register("flat", flat_attention)
 AttentionMaskInterface.register("flat", lambda *args, **kwargs: None)  # else a mask of T x T is built
 
