@@ -74,6 +74,13 @@ def test_demo_then_infer_then_ensemble(run, tmp_path):
     assert "truncated" in run("infer.py", "runs/demo/ckpt.pt", code=2).stderr
 
 
+def test_the_demo_is_the_same_in_each_process_its_tokenizer_too(run, tmp_path):
+    for name in ("a", "b"):
+        run("train.py", "--demo", "--epochs", "1", "--out", name)
+    for file in ("encoder/tokenizer.json", "encoder/model.safetensors", "valid.csv"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
 def eval_free_entity(cell):
     return "{}:{}".format(*re.match(r"""\{'word': ['"](.*)['"], 'start.*'type': '(\w+)'\}""", cell).groups())
 
