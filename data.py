@@ -663,7 +663,8 @@ class Template(NamedTuple):
         opening, closing = MARKERS[self.marker][who]
         if "{" in opening and entity.type is None:
             field = ("subject_entity", "object_entity")[who]
-            raise InputError(f"{where}: {field}: has no type, which --marker {self.marker} needs; use entity_marker")
+            needs = f"has no type, which --marker {self.marker} needs"
+            raise InputError(f"{where}: {field}: {needs}; give it one, or train with entity_marker")
         name = TYPE_NAMES[self.type_names].get(entity.type, (entity.type or "").lower())
         return opening.format(type=name, TYPE=entity.type), closing.format(type=name)
 

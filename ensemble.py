@@ -58,7 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments.weights = np.array(weights)
     for file in arguments.files:
         if Path(arguments.out).resolve().parent == Path(file).resolve().parent:
-            raise InputError(f"--out {arguments.out}: expected another folder than that of {file}, an input")
+            why = "is in its folder; expected another one, lest the next vote counts the result too"
+            raise InputError(f"--out {arguments.out}: {file} {why}")
     return arguments
 
 

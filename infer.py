@@ -11,8 +11,10 @@ Writes the competition's id,pred_label,probs, rows in the order of the input. tr
 
 import argparse
 import ctypes
+import gc
 import os
 import sys
+import traceback
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
+    KLUE_LABELS,
+    TYPE_NAMES,
     Entity,
     InputError,
     Parser,
@@ -118,7 +122,14 @@ def running(amp: str):
     dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world)
     try:
         yield replace(machine, rank=rank, world=world)
+    except BaseException as end:
+        traceback.clear_frames(end.__traceback__)
+        raise
     finally:
+        # a DistributedDataParallel that outlives the group ends gloo's threads while it holds the interpreter's lock,
+        # which they may be waiting for: none is left, in a frame or a cycle
+        gc.unfreeze()
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -187,13 +198,18 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def entity_of(sentence: str, text: str, option: str) -> Entity:
-    """The entity that WORD:TYPE names, at the word's first place in the sentence. A word may hold colons itself."""
-    for word, kind in ((text.rpartition(":")[0], text.rpartition(":")[2]), (text, None)):
-        if word and word in sentence:
-            start = sentence.index(word)
-            return Entity(word, start, start + len(word) - 1, kind or None)
-    raise InputError(f"{option}: found {text!r}, expected WORD:TYPE with a word of the sentence")
+def entity_of(sentence: str, text: str, option: str, types: list[str] | None) -> Entity:
+    """The entity that WORD:TYPE names, at the word's first place in the sentence. A word may hold colons itself.
+    `types`: those there are, None for any."""
+    word, _, kind = text.rpartition(":")
+    if not word or word not in sentence or (text in sentence and types and kind not in types):
+        word, kind = text, ""
+    if word not in sentence:
+        raise InputError(f"{option}: found {text!r}, expected WORD:TYPE; this word is not in the sentence")
+    if kind and types and kind not in types:
+        raise InputError(f"{option}: found type {kind!r}, expected one of {', '.join(types)}")
+    start = sentence.index(word)
+    return Entity(word, start, start + len(word) - 1, kind or None)
 
 
 def mean_of(paths: list[str], rows: list[Row], machine: Machine, max_tokens: int, show=False) -> np.ndarray:
@@ -228,8 +244,9 @@ def main():
     transformers.logging.set_verbosity_error()
     with running(arguments.amp) as machine:
         if arguments.sentence:
-            subject = entity_of(arguments.sentence, arguments.subject, "--subject")
-            object = entity_of(arguments.sentence, arguments.object, "--object")
+            types = list(TYPE_NAMES["en"]) if set(labels) == set(KLUE_LABELS) else None
+            subject = entity_of(arguments.sentence, arguments.subject, "--subject", types)
+            object = entity_of(arguments.sentence, arguments.object, "--object", types)
             if subject[1:3] == object[1:3]:
                 raise InputError("--object: expected another place in the sentence than the subject's")
             row = Row("0", arguments.sentence, subject, object, None, "", "--sentence")

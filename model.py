@@ -372,7 +372,8 @@ def add_markers(tokenizer, template: Template, rows: list[Row]):
 
 def _cannot_load(name: str, error: Exception) -> InputError:
     text = "expected an encoder's folder or a name on the Hugging Face hub"
-    return InputError(f"--model {name}: {text}: {first_line(error)}")
+    is_missing = name.count("/") > 1 and not Path(name).exists()  # the hub's names have one slash at most
+    return InputError(f"--model {name}: {text}: {'no such folder' if is_missing else first_line(error)}")
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -190,7 +190,7 @@ def show(study: optuna.Study, space: dict, folder: Path, arguments: list[str]):
         print("\nimportance of each setting")
         for name, share in optuna.importance.get_param_importances(study).items():
             print(f"  {name:20} {share:.2f}")
-    command = ["python", "train.py", *arguments, *as_arguments(best[0].params)]
+    command = ["python", "train.py", *arguments, *as_arguments(best[0].params), "--out", str(folder / "best")]
     print(f"\nthe best, {folder / f'trial-{best[0].number}'}, again:\n  {shlex.join(command)}")
 
 

@@ -299,7 +299,8 @@ class Task:
         rate = self.settings.lr or float(f"{4e-5 * (1024 / encoder.hidden_size) ** 2:.2g}")
         decay = self.settings.layer_decay or round(self.decay_of_12_layers ** (12 / encoder.num_hidden_layers), 3)
         self.settings = replace(self.settings, lr=rate, layer_decay=decay)
-        self.say(f"learning rate {rate}, from layer to layer down times {decay}")
+        lower = "in all layers" if decay == 1 else f"at the top, {decay} times that from each layer to the one below"
+        self.say(f"learning rate {rate} {lower}")
         self.model = model.to(self.machine.device)
 
     def log(self, writer: SummaryWriter, step: int):
@@ -652,6 +653,11 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
     machine.wait_for_all()
     progress = load_progress(folder, settings, task.hash, parts, machine, say)
     trained = machine.distribute(task.model)
+    lengths = task.lengths
+    per_epoch = math.ceil(len(lengths) / settings.batch_size)
+    steps = settings.epochs * per_epoch
+    if progress.step == steps:
+        say("it has been to its end before; --fresh starts it over")
 
     def evaluate():
         """Scores the model; the best so far is saved, or where nothing is scored the last."""
@@ -671,9 +677,6 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
     # the loop
     gc.freeze()  # what is loaded stays
     gc.enable()
-    lengths = task.lengths
-    per_epoch = math.ceil(len(lengths) / settings.batch_size)
-    steps = settings.epochs * per_epoch
     batches, max_tokens = [], settings.max_tokens
     purge_step = progress.step + 1 if progress.step else None  # what a killed run has written beyond
     writer = SummaryWriter(folder, purge_step=purge_step) if is_first else None
@@ -796,6 +799,8 @@ def main():
         each = [replace(settings, seed=seed, seeds=1, out=f"{folder}-seed={seed}") for seed in seeds]
         runs = [train(one, machine, stop) for one in each]
         names = [name for name in runs[0] if name not in ("absent", "step")]
+        if machine.rank == 0 and settings.objective == "relation":
+            print("\nto predict with all of them:\n  python infer.py", *(one.folder() / "ckpt.pt" for one in each))
         if machine.rank == 0 and names:
             print(f"\nseeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation:")
             for name in names:

@@ -10,7 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from data import KLUE_LABELS, write_predictions
+from data import KLUE_LABELS, Entity, InputError, write_predictions
+from infer import entity_of
 from metrics import read_predictions
 from tests.conftest import SAMPLE
 from train import NOT_OPTIMISATION, Settings
@@ -83,6 +84,19 @@ def test_the_demo_is_the_same_in_each_process_its_tokenizer_too(run, tmp_path):
 
 def eval_free_entity(cell):
     return "{}:{}".format(*re.match(r"""\{'word': ['"](.*)['"], 'start.*'type': '(\w+)'\}""", cell).groups())
+
+
+def test_an_entity_is_found_in_the_sentence_and_typed_as_the_model_knows():
+    sentence, types = "오전 10:30에 비틀즈가", ["PER", "ORG"]
+    assert entity_of(sentence, "비틀즈:ORG", "--object", types) == Entity("비틀즈", 10, 12, "ORG")
+    assert entity_of(sentence, "비틀즈:ROBOT", "--object", None).type == "ROBOT"
+    assert entity_of(sentence, "10:30", "--object", types) == Entity("10:30", 3, 7, None)
+    assert entity_of(sentence, "10:30:PER", "--object", types) == Entity("10:30", 3, 7, "PER")
+    with pytest.raises(InputError, match=r"--object: found type 'PERSON', expected one of PER, ORG"):
+        entity_of(sentence, "비틀즈:PERSON", "--object", types)
+    for wrong in ("비틀스:ORG", "비틀스", ":ORG"):
+        with pytest.raises(InputError, match=r"--object: found .* not in the sentence"):
+            entity_of(sentence, wrong, "--object", types)
 
 
 # --- voting ------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_the_best_is_found_a_crash_costs_one_trial_and_the_top_predicts(call, qu
     assert [t.state.name for t in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert [t.value for t in trials] == [3, None, 6, 3, 6]
     assert "a crash" in (tmp_path / "runs/sweep/trial-1/log").read_text()
-    assert "python train.py --head cls --lr 2\n" in done.out
+    assert "python train.py --head cls --lr 2 --out runs/sweep/best\n" in done.out
     assert "importance of each setting" in done.out
     assert "python ensemble.py out/sweep-trial-2.csv out/sweep-trial-4.csv" in done.out
     assert (tmp_path / "out/sweep-trial-4.csv").read_text() == "runs/sweep/trial-4/ckpt.pt"

@@ -225,7 +225,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(run, encoder_folder, tmp_path):
     assert "lr = 0.001, now 5.0" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     finished = run(*command)
-    assert f"going on after step {steps}" in finished.stdout
+    assert f"going on after step {steps}\nit has been to its end before" in finished.stdout
 
 
 def test_another_data_set_with_its_own_labels(run, encoder_folder, tmp_path, rows):
@@ -271,7 +271,7 @@ def test_a_limit_leaves_the_validation_rows_as_they_are_and_the_learning_rate_su
     for limit in (60, 90):
         done = call(train, *settings.split(), "--limit", limit, "--out", f"run-{limit}")
         assert f"{limit} rows to train on" in done.out
-        assert "learning rate 0.0026, from layer to layer down times 0.377" in done.out
+        assert "learning rate 0.0026 at the top, 0.377 times that from each layer" in done.out
         ids.append(read_predictions(str(tmp_path / f"run-{limit}" / "valid.csv")).ids)
     assert ids[0] == ids[1]
     content = torch.load(tmp_path / "run-90" / "ckpt.pt", weights_only=True)
@@ -290,6 +290,7 @@ def test_seeds_train_a_run_each_and_their_checkpoints_predict_together(call, enc
     best = [json.loads((tmp_path / f"s-seed={seed}" / "summary.json").read_text())["best"] for seed in (7, 8)]
     mean, sd = np.mean([b["micro_f1"] for b in best]), np.std([b["micro_f1"] for b in best], ddof=1)
     assert f"micro_f1 {mean:.2f} ± {sd:.2f}" in done.out
+    assert "python infer.py s-seed=7/ckpt.pt s-seed=8/ckpt.pt" in done.out
     again = call(train, *settings.split(), "--seeds", "2", "--seed", "7", "--out", "s")
     assert again.out.count("going on after step") == 2
 
