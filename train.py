@@ -1,8 +1,8 @@
 """Trains a relation classifier: encoder and head, in a loop written out below.
 
     python train.py --demo                                       # a tiny encoder on tests/sample, no network, no GPU
-    python train.py --head bilstm                                # KLUE-RE in data/ with klue/roberta-large, one GPU
-    torchrun --nproc_per_node=4 train.py --head bilstm           # the same on four; a batch is still 64 sentences
+    python train.py                                              # KLUE-RE in data/ with klue/roberta-large, one GPU
+    torchrun --nproc_per_node=4 train.py --head bilstm           # another head; four GPUs share a batch of 64
     python train.py --model DIR --batch-size 32 --limit 8000     # another encoder, some of the rows
     python train.py --objective mlm --out runs/tapt              # pre-training on the sentences; then
     python train.py --model runs/tapt/encoder                    # the encoder that it leaves
