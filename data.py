@@ -4,7 +4,7 @@ A row says which relation holds between a subject and an object in a sentence. I
 
     rows = read_rows("data/train.csv")                    # checked: a wrong row is named, never guessed
     rows, removed = clean(rows)                           # repeated and contradicting rows
-    train, valid = split(rows, KLUE_LABELS, 0.1, 0.6, seed=42)
+    train, valid = split(rows, KLUE_LABELS, 0.1, seed=42, negative_share=0.6)
     Template("typed_entity_marker_punct", "s_and_o").render(train[0])
 
 What is in a file, or in two side by side, as tables, figures and a page (report.py does the work):
@@ -409,7 +409,8 @@ def download(folder: Path, hub: str):
                 )
                 label = 100 if name == "test_data.csv" else row.label
                 writer.writerow([row.id, row.sentence, *entities, label, row.source])
-        print(f"{folder / name}: {len(rows[split])} rows of {hub}, content {version(hub, rows[split])['content']}")
+        content = version(hub, read_rows(folder / name))["content"]
+        print(f"{folder / name}: {len(rows[split])} rows of {hub}, content {content}")
 
 
 # --- cleaning and splitting --------------------------------------------------------------------------------------
@@ -433,8 +434,8 @@ def split(rows: list[Row], labels: list[str], share: float, seed: int, negative_
 
     Given `negative_share` it is like KLUE-RE's test set, which is harder than the training rows: as far as the rows
     allow it has that share of the negative label, the first (60 % there, 29 % in train), and types of entities and
-    sources are mixed as in the rows `like`; and no two entities stand together on both sides (3 % of the test rows have
-    a pair of train's, but 61 % of train's rows one of another row).
+    sources are mixed as in the rows `like`; and no subject and object stand together on both sides (3 % of the test
+    rows have such a pair of train's, but 61 % of train's rows one of another row).
     """
     negative = np.array([row.label == labels[0] for row in rows])
     strata, wanted = [_stratum(row) for row in rows], Counter(map(_stratum, like))

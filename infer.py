@@ -92,8 +92,10 @@ def restarts() -> int:
 @contextmanager
 def running(amp: str):
     """Joins the processes of torchrun, if any, for the length of a block; `amp`: auto, off, bf16 or fp16."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    cuda, place = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and place >= torch.cuda.device_count():
+        raise InputError(f"torchrun --nproc_per_node: found over {place}, expected at most the number of GPUs")
+    device = torch.device("cuda", place) if cuda else torch.device("cpu")
     if amp == "auto":
         if cuda:
             amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
@@ -112,7 +114,7 @@ def running(amp: str):
         yield machine
         return
     here = int(os.environ["LOCAL_WORLD_SIZE"])
-    if not cuda:  # torchrun gives each process one thread
+    if not cuda and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # what torchrun sets where nobody else has
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     store, rank, world = next(rendezvous("env://"))
@@ -120,9 +122,11 @@ def running(amp: str):
     # (pytorch issue 135712)
     life = restarts() if world == here else ""
     dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world)
+    failed = False
     try:
         yield replace(machine, rank=rank, world=world)
     except BaseException as end:
+        failed = isinstance(end, Exception)
         traceback.clear_frames(end.__traceback__)
         raise
     finally:
@@ -130,7 +134,8 @@ def running(amp: str):
         # which they may be waiting for: none is left, in a frame or a cycle
         gc.unfreeze()
         gc.collect()
-        dist.destroy_process_group()
+        if not (cuda and failed):  # NCCL's end waits for all processes, and this one may have failed alone
+            dist.destroy_process_group()
 
 
 @torch.inference_mode()
@@ -181,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help="ckpt.pt of a run of train.py; of several, the mean is taken")
     parser.add_argument("--data", help="file to predict; default: test_data.csv of the first one's data folder")
-    parser.add_argument("--out", help="file to write; default: out/<name of the run>.csv, the names joined by +")
+    parser.add_argument("--out", help="file to write; default: out/<name of the run>.csv, A+B of two, A+2 of three")
     parser.add_argument("--sentence", help="predict this sentence instead of a file")
     parser.add_argument("--subject", help="its subject as WORD:TYPE, or WORD for models without types")
     parser.add_argument("--object", help="its object, likewise; the first place in the sentence counts")
@@ -260,7 +265,9 @@ def main():
         n_gold = sum(row.label is not None for row in rows)
         if n_gold == len(rows):
             rows = with_known_labels(rows, labels)
-        out = Path(arguments.out or f"out/{'+'.join(run['run'] for run in about)}.csv")
+        names = [run["run"] for run in about]
+        name = "+".join(names) if len(names) < 3 else f"{names[0]}+{len(names) - 1}"  # a file's name has its limits
+        out = Path(arguments.out or f"out/{name}.csv")
         probs = mean_of(arguments.checkpoints, rows, machine, arguments.max_tokens, show=True)
         if machine.rank == 0:
             write_predictions(out, [row.id for row in rows], [labels[c] for c in probs.argmax(1)], probs)

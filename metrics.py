@@ -123,16 +123,17 @@ def gold_classes(file: Predictions, names: dict[int, str], labels: list[str] | N
 # --- scores --------------------------------------------------------------------------------------------------------
 
 
-def score(probs: np.ndarray, gold: np.ndarray) -> dict:
+def score(probs: np.ndarray, gold: np.ndarray, predicted: np.ndarray | None = None) -> dict:
     """micro_f1, auprc, accuracy and the classes without a positive, for probabilities (rows, classes), gold (rows,).
 
-    micro_f1: precision and recall pooled over all classes but 0; the prediction is the likeliest class.
+    micro_f1: precision and recall pooled over all classes but 0. `predicted` (rows,) are the likeliest classes unless
+    given: where several are equally likely, as after a vote, a file says which one is meant.
     auprc: the area under each class's precision-recall curve by the trapezoidal rule, their unweighted mean over all
     classes, 0 among them. A class that `gold` does not contain has no such curve and is left out ("absent").
     """
     from sklearn.metrics import f1_score  # here and below: to import it takes a second of each program's start
 
-    predicted, classes = probs.argmax(1), range(probs.shape[1])
+    predicted, classes = probs.argmax(1) if predicted is None else predicted, range(probs.shape[1])
     present = [c for c in classes if (gold == c).any()]
     return {
         "micro_f1": 100 * f1_score(gold, predicted, average="micro", labels=list(classes[1:]), zero_division=0),
@@ -157,12 +158,11 @@ def _area(probs: np.ndarray, positive: np.ndarray) -> float:
     return auc(recall, precision)
 
 
-def weighted_scores(probs: np.ndarray, gold: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+def weighted_scores(probs: np.ndarray, predicted: np.ndarray, gold: np.ndarray, weights: np.ndarray) -> dict:
     """`score` for D weightings of the rows at once: weights (rows, D), the scores (D,).
 
     A row of weight 2 counts as two rows, of weight 0 as none. A class without a row is left out of its AUPRC.
     """
-    predicted = probs.argmax(1)
     areas = [_weighted_areas(probs[:, c], gold == c, weights) for c in np.unique(gold)]
     accuracy = (predicted == gold) @ weights / weights.sum(0)
     return {
@@ -203,9 +203,9 @@ def bootstrap_weights(n_rows: int, draws: int = DRAWS):
         yield random.multinomial(n_rows, share, min(100, draws - start)).T.astype(float, order="C")
 
 
-def bootstrap(probs: np.ndarray, gold: np.ndarray, draws: int = DRAWS) -> dict[str, np.ndarray]:
+def bootstrap(probs: np.ndarray, predicted: np.ndarray, gold: np.ndarray, draws: int = DRAWS) -> dict[str, np.ndarray]:
     """The scores (draws,) of as many samples of the rows, drawn with replacement as if rows were independent."""
-    parts = [weighted_scores(probs, gold, weights) for weights in bootstrap_weights(len(gold), draws)]
+    parts = [weighted_scores(probs, predicted, gold, weights) for weights in bootstrap_weights(len(gold), draws)]
     return {name: np.concatenate([part[name] for part in parts]) for name in SCORES}
 
 
@@ -225,9 +225,9 @@ def interval(drawn: np.ndarray) -> dict[str, float]:
 # tables as in data.py: a list of lines, each a dict from heading to value
 
 
-def score_table(probs: np.ndarray, gold: np.ndarray) -> list[dict]:
+def score_table(probs: np.ndarray, predicted: np.ndarray, gold: np.ndarray) -> list[dict]:
     """The three scores with their 95 % intervals."""
-    scores, drawn = score(probs, gold), bootstrap(probs, gold)
+    scores, drawn = score(probs, gold, predicted), bootstrap(probs, predicted, gold)
     return [
         {"score": text, "value": scores[name], **interval(centred(name, drawn[name], scores[name]))}
         for name, text in SCORES.items()
@@ -275,10 +275,10 @@ def confusion_table(predicted: np.ndarray, gold: np.ndarray, labels: list[str], 
     return [{"true": labels[g], "predicted": labels[p], "count": count} for (g, p), count in pairs.most_common(n)]
 
 
-def worst_mistakes(probs: np.ndarray, gold: np.ndarray, n: int = 20) -> list[int]:
+def worst_mistakes(probs: np.ndarray, predicted: np.ndarray, gold: np.ndarray, n: int = 20) -> list[int]:
     """The n wrongly predicted rows whose true label got the lowest probability, the worst first."""
     of_truth = probs[np.arange(len(gold)), gold]
-    wrong = np.flatnonzero(probs.argmax(1) != gold)
+    wrong = np.flatnonzero(predicted != gold)
     return wrong[np.argsort(of_truth[wrong], kind="stable")][:n].tolist()
 
 
@@ -300,8 +300,9 @@ def group_table(heading: str, names: list[str], group: np.ndarray, predicted: np
 # --- is one better? ------------------------------------------------------------------------------------------------
 
 
-def compare(a: list[np.ndarray], b: list[np.ndarray], gold: np.ndarray, draws: int = DRAWS):
-    """(table, differences {score: (draws,)}) of B minus A, each side one or more runs' probabilities (rows, classes).
+def compare(a: list[tuple], b: list[tuple], gold: np.ndarray, draws: int = DRAWS):
+    """(table, differences {score: (draws,)}) of B minus A, each side one or more runs' (probabilities (rows, classes),
+    predicted (rows,)).
 
     A paired bootstrap: every draw takes rows with replacement, the same ones for all runs, and of each side's runs as
     many, with replacement too, and takes the difference of the sides' mean scores. p is twice the share of draws in
@@ -312,13 +313,13 @@ def compare(a: list[np.ndarray], b: list[np.ndarray], gold: np.ndarray, draws: i
     drawn = [[], []]
     for weights in bootstrap_weights(len(gold), draws):
         for side, runs in zip(drawn, (a, b)):
-            side.append([weighted_scores(probs, gold, weights) for probs in runs])
+            side.append([weighted_scores(probs, predicted, gold, weights) for probs, predicted in runs])
     random, table, differences = np.random.default_rng(1), [], {}
     chosen = [random.integers(0, len(runs), (len(runs), draws)) for runs in (a, b)]
     for name, text in SCORES.items():
         line, means = {"score": text}, []
         for title, runs, side, which in zip("AB", (a, b), drawn, chosen):
-            scores = [score(probs, gold)[name] for probs in runs]
+            scores = [score(probs, gold, predicted)[name] for probs, predicted in runs]
             line[title] = np.mean(scores)
             if len(runs) > 1:
                 line[f"{title} ± SD"] = np.std(scores, ddof=1)

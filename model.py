@@ -284,6 +284,7 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
     that is causal it sees none after itself. There is no dropout on the attention weights: the kernel for flat
     batches has none, and training is to be the same on every device.
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings are computed in fp32
     causal, shared = getattr(module, "is_causal", False), query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (x.repeat_interleave(shared, 1) for x in (key, value))

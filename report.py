@@ -360,19 +360,14 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 def token_lengths(files: dict[str, list[Row]], template: Template, model: str) -> dict[str, np.ndarray]:
-    """How many tokens `model.encode` makes of each row if it cuts none, in half its time."""
-    from model import add_markers, load_tokenizer  # torch takes seconds to load: only when tokens are counted
+    """How many tokens the encoder gets of each row if none is cut."""
+    from model import add_markers, encode, load_tokenizer  # torch takes seconds to load: only when tokens are counted
 
     tokenizer, lengths = load_tokenizer(model), {}
     for name, rows in files.items():
         add_markers(tokenizer, template, rows)
-        rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
-        before, text, after = ([r[i] for r in rendered] for i in range(3))
-        segments = [before, text] if any(before) else [text]
-        counts = np.array([len(ids) for ids in tokenizer(*segments, return_attention_mask=False)["input_ids"]])
-        if any(after):
-            counts += [len(ids) for ids in tokenizer(after, add_special_tokens=False)["input_ids"]]
-        lengths[name] = counts
+        examples, _ = encode(rows, template, tokenizer, [], sys.maxsize)
+        lengths[name] = np.array([len(example.ids) for example in examples])
     return lengths
 
 
@@ -489,9 +484,11 @@ def rows_of(file: metrics.Predictions, gold: str | None, summary: dict) -> list[
 
 
 class Loaded(NamedTuple):
-    """Files of the same N rows: their ids, names of the classes, gold classes (N,), the rows if they were found."""
+    """Files of the same N rows, of each its probabilities (N, C) and predicted classes (N,); their ids, names of the
+    classes, gold classes (N,), the rows if they were found."""
 
     files: list[metrics.Predictions]
+    runs: list[tuple[np.ndarray, np.ndarray]]
     ids: list[str]
     labels: list[str]
     gold: np.ndarray
@@ -511,16 +508,19 @@ def load(paths: list[str], gold: str | None) -> Loaded:
         if (found != classes[0]).any():
             raise InputError(f"{file.path}: other labels than {paths[0]} for the same rows")
     n_labels = files[0].probs.shape[1]
-    return Loaded(files, files[0].ids, [names.get(c, f"class {c}") for c in range(n_labels)], classes[0], rows)
+    labels = [names.get(c, f"class {c}") for c in range(n_labels)]
+    runs = [(file.probs, np.array([labels.index(label) for label in file.predicted])) for file in files]
+    return Loaded(files, runs, files[0].ids, labels, classes[0], rows)
 
 
-def cases_of(found: Loaded, which, probs: list[np.ndarray]) -> list[tuple[str, Row | None]]:
-    """Rows to show: id, true label with its probabilities, what each of `probs` predicts."""
+def cases_of(found: Loaded, which, runs: list[tuple]) -> list[tuple[str, Row | None]]:
+    """Rows to show: id, true label with its probabilities, what each of `runs` predicts."""
     cases = []
     for i in which:
         text = f"{found.ids[i]}: true {found.labels[found.gold[i]]}"
-        for p in probs:
-            text += f", predicted {found.labels[p[i].argmax()]} {p[i].max():.2f} (true: {p[i][found.gold[i]]:.2f})"
+        for probs, predicted in runs:
+            p, label = probs[i], found.labels[predicted[i]]
+            text += f", predicted {label} {p.max():.2f} (true: {p[found.gold[i]]:.2f})"
         cases.append((text, found.rows[i] if found.rows else None))
     return cases
 
@@ -538,9 +538,8 @@ def distance(row: Row) -> int:
 
 def score_sections(found: Loaded) -> list[Section]:
     """The parts of the report on one file of predictions."""
-    probs, gold, labels, rows = found.files[0].probs, found.gold, found.labels, found.rows
-    predicted = probs.argmax(1)
-    table = metrics.score_table(probs, gold)
+    (probs, predicted), gold, labels, rows = found.runs[0], found.gold, found.labels, found.rows
+    table = metrics.score_table(probs, predicted, gold)
     note = f"From and to: the middle 95 % of {metrics.DRAWS:,} bootstrap draws."
     if absent := [label for c, label in enumerate(labels) if c not in gold]:
         note += f" The AUPRC leaves out what no row has: {', '.join(absent)}."
@@ -565,18 +564,17 @@ def score_sections(found: Loaded) -> list[Section]:
             figure = bar_figure(table, ["micro F1"], "micro F1, %")
             sections.append(Section(f"By {heading}", "", table, figure))
     note = "Wrong predictions by the probability of the true label, the smallest first."
-    cases = cases_of(found, metrics.worst_mistakes(probs, gold, 50), [probs])
+    cases = cases_of(found, metrics.worst_mistakes(probs, predicted, gold, 50), found.runs)
     return [*sections, Section("Worst mistakes", note, cases=cases)]
 
 
 def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
     """The parts of the report on two sides; the first n_a of the files are A."""
-    gold, all_probs = found.gold, [file.probs for file in found.files]
-    a, b = all_probs[:n_a], all_probs[n_a:]
-    runs = [
+    gold, a, b = found.gold, found.runs[:n_a], found.runs[n_a:]
+    each = [
         {"side": "A" if i < n_a else "B", "file": file.path}
-        | {text: metrics.score(file.probs, gold)[name] for name, text in metrics.SCORES.items()}
-        for i, file in enumerate(found.files)
+        | {text: metrics.score(probs, gold, predicted)[name] for name, text in metrics.SCORES.items()}
+        for i, (file, (probs, predicted)) in enumerate(zip(found.files, found.runs))
     ]
     table, differences = metrics.compare(a, b, gold)
     note = "\n".join(metrics.verdict(line) for line in table)
@@ -584,11 +582,11 @@ def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
         note += "\nThis is about these two models: whether other seeds would say the same, several seeds a side tell."
     figure = difference_figure(table, differences)
     table = [line | {"p": f"{line['p']:.4f}"} for line in table]
-    sections = [Section("Files", "", runs), Section("Is one better?", note, table, figure)]
-    right = np.array([probs.argmax(1) == gold for probs in all_probs])
+    sections = [Section("Files", "", each), Section("Is one better?", note, table, figure)]
+    right = np.array([predicted == gold for _, predicted in found.runs])
     all_a, all_b, no_a, no_b = right[:n_a].all(0), right[n_a:].all(0), ~right[:n_a].any(0), ~right[n_a:].any(0)
     if len(a) == len(b) == 1:
-        test = metrics.mcnemar(a[0].argmax(1), b[0].argmax(1), gold)
+        test = metrics.mcnemar(a[0][1], b[0][1], gold)
         luck = "hardly luck" if test["p"] < 0.05 else "it could be luck"
         note = f"McNemar's exact test: by luck, a split as uneven would come with p = {test['p']:.4f}: {luck}."
     else:
@@ -632,6 +630,6 @@ def log_evaluation(writer, step: int, probs: np.ndarray, gold: np.ndarray, label
             writer.add_pr_curve(f"pr/{line['label']}", gold == c, probs[:, c], step)
             writer.add_scalar(f"label_f1/{line['label']}", line["F1"], step)
     writer.add_figure("confusion matrix", confusion_figure(predicted, gold, labels), step)
-    found = Loaded([], [row.id for row in rows], labels, gold, rows)
-    cases = cases_of(found, metrics.worst_mistakes(probs, gold), [probs])
+    found = Loaded([], [(probs, predicted)], [row.id for row in rows], labels, gold, rows)
+    cases = cases_of(found, metrics.worst_mistakes(probs, predicted, gold), found.runs)
     writer.add_text("worst mistakes", "".join(f"    {line}\n" for line in text_cases(cases).splitlines()), step)

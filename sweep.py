@@ -38,6 +38,7 @@ SPACE = {  # what the report searched
     "warmup_ratio": [0.06, 0.1],
     "head": ["cls", "bilstm", "bigru"],
 }
+PROGRESS = ("last.pt", "previous.pt")
 POLL = 1.0  # seconds between two looks at a trial
 
 
@@ -111,7 +112,11 @@ def next_trial(study: optuna.Study, folder: Path, n_trials: int):
     if len(study.get_trials(deepcopy=False)) >= n_trials:
         return None
     trial = study.ask()
-    return trial, take_lock(folder / f"trial-{trial.number}")
+    path = folder / f"trial-{trial.number}"
+    lock = take_lock(path)
+    for name in ("summary.json", *PROGRESS):  # of a study that was here before
+        (path / name).unlink(missing_ok=True)
+    return trial, lock
 
 
 def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: list[str]):
@@ -136,7 +141,7 @@ def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: li
         study.tell(trial, summary["best"][summary["settings"]["best_metric"]])
     else:
         study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
-    for name in ("last.pt", "previous.pt"):  # three times the model's size, and nothing goes on from them
+    for name in PROGRESS:  # three times the model's size, and nothing goes on from them
         (folder / name).unlink(missing_ok=True)
 
 
@@ -232,7 +237,7 @@ def main():
 
     best = best_first(study)
     if not best:
-        raise InputError(f"{folder}: no trial has come to its end; why, is in {folder}/trial-*/log")
+        raise InputError(f"{folder}: no trial has come to its end yet; see {folder}/trial-*/log")
     show(study, space, folder, arguments.arguments)
     written = []
     for trial in best[: arguments.top]:

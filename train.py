@@ -92,7 +92,8 @@ class Settings:
     clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
     skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
     negative_label: str = setting("no_relation", "the label that means none of the others")
-    limit: int = setting(0, "use this many of the training rows, the same ones for every seed; 0: all", 0, math.inf)
+    limit: int = setting(0, "use this many of the training rows (mlm: of all sentences), the same ones for every seed; "
+                         "0: all", 0, math.inf)  # fmt: skip
     # input
     marker: str = setting("typed_entity_marker_punct", "how the entities are marked", *MARKERS)
     prompt: str = setting("s_and_o", "what is said beside the sentence", *PROMPTS)
@@ -115,9 +116,9 @@ class Settings:
     epochs: int = setting(5, "times that every training row is seen", 1, math.inf)
     lr: float = setting(0.0, "highest learning rate; 0: 4e-5 for 1,024 hidden units, more for fewer", 0, math.inf)
     layer_decay: float = setting(0.0, "a layer's learning rate as a share of that of the layer above; 0: 0.85 in an "
-                                 "encoder of 12 layers, and the same from top to bottom in others", 0, 1)  # fmt: skip
+                                 "encoder of 12 layers, as much top to bottom in others (mlm: 1)", 0, 1)  # fmt: skip
     warmup_ratio: float = setting(0.06, "share of the steps in which the learning rate rises, to fall to 0 then", 0, 1)
-    beta2: float = setting(0.98, "AdamW's second beta", 0, 1)
+    beta2: float = setting(0.98, "AdamW's second beta", 0, 0.999999)
     weight_decay: float = setting(0.01, "AdamW's weight decay (none on biases and norms)", 0, math.inf)
     clip_norm: float = setting(1.0, "gradients are scaled down to this norm", 0, math.inf)
     label_smoothing: float = setting(0.0, "share of the target spread over all labels", 0, 1)
@@ -223,6 +224,8 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row
     version = data.version(path, rows)
     labels = data.find_labels(rows, settings.negative_label)
     rows = data.with_known_labels(rows, labels, skipped)
+    if not rows:
+        raise InputError(f"{path}: none of its rows can be trained on; the first bad one: {skipped[0]}")
     say(f"{path}: {len(rows)} rows, {len(labels)} labels")
     if settings.clean:
         rows, removed = data.clean(rows, labels[0])
@@ -307,6 +310,13 @@ class Task:
         """Shows TensorBoard what the last evaluation has found beside its scores."""
 
 
+def fingerprint(model: FlatEncoder, tokenizer) -> str:
+    """Tells encoders apart that were at the same place at different times: the bits of their weights, added up, and
+    the tokenizer. (The input embeddings are left out: those of added tokens are means, which threads round.)"""
+    parameters = (p for p in model.encoder.parameters() if p is not model.encoder.get_input_embeddings().weight)
+    return f"{sum(int(p.detach().view(torch.int32).sum()) for p in parameters)} {tokenizer.backend_tokenizer.to_str()}"
+
+
 class Relations(Task):
     """The relation between two entities, of labelled rows."""
 
@@ -333,7 +343,7 @@ class Relations(Task):
         shape = (settings.head, settings.norm, settings.gelu, settings.dropout, settings.entity_embedding)
         self.place(RelationModel(encoder, len(self.labels), *shape))
         self.alpha = focal_alpha(settings, self.labels, machine.device)
-        used = [version["content"], [row.id for row in rows], self.labels]
+        used = [fingerprint(self.model, self.tokenizer), version["content"], [row.id for row in rows], self.labels]
         used += [[row[:-1] for row in part] for part in (self.valid_rows, like_test)]
         self.hash = sha256(repr([*used, self.alpha is None or self.alpha.tolist()]).encode()).hexdigest()
 
@@ -406,7 +416,7 @@ class MaskedTokens(Task):
         self.place(MaskedLanguageModel(language_model))
         if head_is_new:
             say("the encoder has no head for masked tokens: a new one, tied to its embeddings, learns with it")
-        self.hash = sha256(repr([sentences, valid]).encode()).hexdigest()
+        self.hash = sha256(repr([fingerprint(self.model, self.tokenizer), sentences, valid]).encode()).hexdigest()
 
     def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
         """The sum of the losses of these examples' masked tokens, other ones at each step."""
@@ -484,9 +494,12 @@ def make_optimizer(model: FlatEncoder, settings: Settings) -> torch.optim.AdamW:
 
 
 def layers_above(name: str, n_layers: int) -> int:
-    """How many layers, the head counted as one, a parameter's output goes through; all architectures number theirs."""
+    """How many layers, the head counted as one, a parameter's output goes through; all architectures number theirs.
+    What is new, the vectors of --entity-embedding too, counts as the head."""
     if not name.startswith("encoder."):
         return 0
+    if re.match(r"encoder\.(norm|final_norm|ln_f)\.", name):  # behind the last layer
+        return 1
     found = re.search(r"\.(\d+)\.", name)
     return n_layers - int(found[1]) if found else n_layers + 1
 
@@ -618,7 +631,7 @@ def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict,
             if before != value and name not in ("data", "valid", *NOT_OPTIMISATION):
                 raise InputError(f"{path}: made with {name} = {before!r}, now {value!r}; use --fresh, or another --out")
         if content["rows"] != rows_hash:
-            raise InputError(f"{path}: made with other rows or alphas than now; use --fresh, or another --out")
+            raise InputError(f"{path}: made with other rows, alphas or encoder than now; use --fresh, or another --out")
         for name, part in parts.items():
             if content[name]:  # the scaler has no state but in fp16
                 part.load_state_dict(content[name])

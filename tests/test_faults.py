@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data import KLUE_LABELS, write_predictions
 from tests.conftest import ROOT, SAMPLE
@@ -188,6 +189,16 @@ def test_a_torn_last_pt_is_named_and_the_one_before_is_used(run, encoder_folder,
     assert_same(tmp_path / "a", undisturbed[1])
     other_rows = run("train.py", *small(encoder_folder, "a", "--valid", SAMPLE / "test_data.csv"), code=2)
     assert "made with other rows" in other_rows.stderr
+
+    # another encoder at the same place
+    shutil.copytree(encoder_folder, tmp_path / "encoder")
+    run("train.py", *small("encoder", "b"))
+    stored = load_file(tmp_path / "encoder" / "model.safetensors")
+    name = next(name for name in stored if "layer.0" in name)
+    stored[name].view(-1)[0] += 1e-6
+    save_file(stored, tmp_path / "encoder" / "model.safetensors", {"format": "pt"})
+    other = run("train.py", *small("encoder", "b"), code=2)
+    assert "last.pt: made with other rows, alphas or encoder than now" in other.stderr
 
 
 # --- disks and pipes ---------------------------------------------------------------------------------------------

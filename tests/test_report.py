@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 import report
 from data import KLUE_LABELS, PROMPTS, Entity, Row, Template, read_rows, write_predictions
 from metrics import SCORES, score
-from model import add_markers, encode, load_tokenizer
+from model import add_markers, load_tokenizer
 from tests.conftest import SAMPLE
 
 HOSTILE = '<script>document.title = "hit"</script> & <img src=nowhere onerror="hit()"> 비틀즈와 "링고"'
@@ -147,6 +147,17 @@ def test_a_submission_needs_the_labels(folder, capsys, tmp_path):
     assert (tmp_path / "mine/index.html").exists()
 
 
+def test_a_vote_is_scored_by_the_labels_that_it_names(tmp_path, capsys):
+    ids, gold = list("abcd"), ["no_relation", "per:title", "org:members", "org:members"]
+    number = {label: c for c, label in enumerate(KLUE_LABELS)}
+    probs = np.zeros((4, 30))
+    probs[:, 0] = 0.5  # two files that differ in each row: the likeliest class alone would be no_relation
+    probs[np.arange(4), [number["per:title"], *(number[label] for label in gold[1:])]] += 0.5
+    write_predictions(tmp_path / "voted.csv", ids, gold, probs, gold)
+    program(report.metrics_report, tmp_path / "voted.csv", "--out", tmp_path / "page")
+    assert re.search(r"micro F1 +100\.00", capsys.readouterr().out)
+
+
 def test_rows_are_found_through_the_summary_if_they_are_there(folder, tmp_path):
     some = read_rows(folder / "train.csv")
     assert report.load([str(folder / "a-1/valid.csv")], None).rows == some
@@ -220,9 +231,11 @@ def test_entities_that_overlap_are_marked_in_the_page():
 def test_lengths_are_those_of_the_encoders_input(encoder_folder, rows, marker, prompt):
     tokenizer, template = load_tokenizer(encoder_folder), Template(marker, prompt)
     add_markers(tokenizer, template, rows[:50])
-    examples, _ = encode(rows[:50], template, tokenizer, KLUE_LABELS, 10_000)
     lengths = report.token_lengths({"sample": rows[:50]}, template, encoder_folder)
-    assert lengths["sample"].tolist() == [len(e.ids) for e in examples]
+    for row, length in zip(rows, lengths["sample"]):
+        before, text, after, _ = template.render(row)
+        ids = tokenizer(before, text)["input_ids"] if before else tokenizer(text)["input_ids"]
+        assert length == len(ids) + len(tokenizer(after, add_special_tokens=False)["input_ids"])
 
 
 def test_bins():

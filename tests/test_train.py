@@ -118,6 +118,8 @@ def test_lower_layers_learn_more_slowly(family):
             assert scale[id(parameter)] == 0.5 ** (3 - int(layer[1]))
         elif name.startswith(("rnn", "classifier", "norm", "entity_embeddings")):
             assert scale[id(parameter)] == 1
+        elif name.startswith(("encoder.final_norm.", "encoder.norm.", "encoder.ln_f.")):  # behind the layers
+            assert scale[id(parameter)] == 0.5
         else:
             assert scale[id(parameter)] == 0.5**4, name
 
