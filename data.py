@@ -393,24 +393,23 @@ def print_diff(old: str, new: str):
 def download(folder: Path, hub: str):
     """python data.py --download: KLUE-RE as train.csv, dev.csv and, without labels, test_data.csv in the competition's
     format; nothing that is there is written over."""
-    parts = {"train.csv": "train", "dev.csv": "validation", "test_data.csv": "validation"}
-    for name in parts:
+    for name in ("train.csv", "dev.csv", "test_data.csv"):
         if (folder / name).exists():
             raise InputError(f"{folder / name}: is there already; move it away, or name another folder with --out")
-    rows = {split: read_rows(data_file(hub, split)) for split in ("train", "validation")}
-    for name, split in parts.items():
+    train, dev = (read_rows(data_file(hub, split)) for split in ("train", "validation"))
+    parts = {"train.csv": train, "dev.csv": dev, "test_data.csv": [row._replace(label=None) for row in dev]}
+    for name, rows in parts.items():
         with atomic_write(folder / name) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["id", "sentence", "subject_entity", "object_entity", "label", "source"])
-            for row in rows[split]:
+            for row in rows:
                 entities = (
                     {"word": e.word, "start_idx": e.start, "end_idx": e.end, "type": e.type}
                     for e in (row.subject, row.object)
                 )
-                label = 100 if name == "test_data.csv" else row.label
+                label = 100 if row.label is None else row.label
                 writer.writerow([row.id, row.sentence, *entities, label, row.source])
-        content = version(hub, read_rows(folder / name))["content"]
-        print(f"{folder / name}: {len(rows[split])} rows of {hub}, content {content}")
+        print(f"{folder / name}: {len(rows)} rows of {hub}, content {version(hub, rows)['content']}")
 
 
 # --- cleaning and splitting --------------------------------------------------------------------------------------

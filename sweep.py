@@ -25,7 +25,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from data import InputError, Parser, exit_on_bad_input, first_line, read_text
-from train import Settings, flag, parse_settings
+from train import Settings, flag, parse_settings, remove_progress
 
 HERE = Path(__file__).parent
 SPACE = {  # what the report searched
@@ -38,7 +38,6 @@ SPACE = {  # what the report searched
     "warmup_ratio": [0.06, 0.1],
     "head": ["cls", "bilstm", "bigru"],
 }
-PROGRESS = ("last.pt", "previous.pt")
 POLL = 1.0  # seconds between two looks at a trial
 
 
@@ -114,8 +113,8 @@ def next_trial(study: optuna.Study, folder: Path, n_trials: int):
     trial = study.ask()
     path = folder / f"trial-{trial.number}"
     lock = take_lock(path)
-    for name in ("summary.json", *PROGRESS):  # of a study that was here before
-        (path / name).unlink(missing_ok=True)
+    remove_progress(path)  # of a study that was here before
+    (path / "summary.json").unlink(missing_ok=True)
     return trial, lock
 
 
@@ -141,7 +140,7 @@ def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: li
         study.tell(trial, summary["best"][summary["settings"]["best_metric"]])
     else:
         study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
-    for name in PROGRESS:  # three times the model's size, and nothing goes on from them
+    for name in ("last.pt", "previous.pt"):  # three times the model's size, and nothing goes on from them
         (folder / name).unlink(missing_ok=True)
 
 

@@ -388,8 +388,9 @@ class Relations(Task):
 
         log_evaluation(writer, step, self.probs, self.gold, self.labels, self.valid_rows)
 
-    def next_commands(self, folder: Path) -> str:
-        return f"  python infer.py {folder / 'ckpt.pt'}\n  python ensemble.py out/*.csv"
+    @staticmethod
+    def next_commands(folders: list[Path]) -> str:
+        return f"  python infer.py {' '.join(str(f / 'ckpt.pt') for f in folders)}\n  python ensemble.py out/*.csv"
 
 
 class MaskedTokens(Task):
@@ -452,8 +453,12 @@ class MaskedTokens(Task):
     def save(self, folder: Path, scores: dict):
         save_encoder(folder / "encoder", self.model, self.tokenizer)
 
-    def next_commands(self, folder: Path) -> str:
-        return f"  python train.py --model {folder / 'encoder'}"
+    @staticmethod
+    def next_commands(folders: list[Path]) -> str:
+        return "\n".join(f"  python train.py --model {folder / 'encoder'}" for folder in folders)
+
+
+TASKS = {"relation": Relations, "mlm": MaskedTokens}  # by --objective
 
 
 def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dict]:
@@ -655,7 +660,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
             tqdm.write(text)
 
     folder = settings.folder()
-    task = {"relation": Relations, "mlm": MaskedTokens}[settings.objective](settings, machine, say)
+    task = TASKS[settings.objective](settings, machine, say)
     settings = task.settings
     optimizer = make_optimizer(task.model, settings)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
@@ -787,7 +792,7 @@ def finish(folder: Path, settings: Settings, progress: Progress, task: Task, wri
     print(
         f"trained on {progress.sentences} sentences in {progress.seconds:.0f} s, "
         f"{progress.sentences / progress.seconds:.1f} a second\n"
-        f"to go on:\n{task.next_commands(folder)}"
+        f"to go on:\n{task.next_commands([folder])}"
     )
 
 
@@ -812,8 +817,8 @@ def main():
         each = [replace(settings, seed=seed, seeds=1, out=f"{folder}-seed={seed}") for seed in seeds]
         runs = [train(one, machine, stop) for one in each]
         names = [name for name in runs[0] if name not in ("absent", "step")]
-        if machine.rank == 0 and settings.objective == "relation":
-            print("\nto predict with all of them:\n  python infer.py", *(one.folder() / "ckpt.pt" for one in each))
+        if machine.rank == 0:
+            print(f"\nto go on with all:\n{TASKS[settings.objective].next_commands([one.folder() for one in each])}")
         if machine.rank == 0 and names:
             print(f"\nseeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation:")
             for name in names:
