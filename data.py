@@ -403,12 +403,8 @@ def download(folder: Path, hub: str):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["id", "sentence", "subject_entity", "object_entity", "label", "source"])
             for row in rows:
-                entities = (
-                    {"word": e.word, "start_idx": e.start, "end_idx": e.end, "type": e.type}
-                    for e in (row.subject, row.object)
-                )
-                label = 100 if row.label is None else row.label
-                writer.writerow([row.id, row.sentence, *entities, label, row.source])
+                entities = (dict(zip(("word", "start_idx", "end_idx", "type"), e)) for e in (row.subject, row.object))
+                writer.writerow([row.id, row.sentence, *entities, row.label or 100, row.source])
         print(f"{folder / name}: {len(rows)} rows of {hub}, content {version(hub, rows)['content']}")
 
 
@@ -686,18 +682,6 @@ PROMPTS = {
     "quiz": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", ""),
     "problem": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", " {s과} {o은} 어떤 관계입니까?"),
 }
-
-
-# --- predictions -------------------------------------------------------------------------------------------------
-
-
-def write_predictions(path: str | Path, ids: list[str], predicted: list[str], probs: np.ndarray, gold=None):
-    """Writes id,pred_label,probs as the competition wants them, and the gold labels after the id where given."""
-    with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", *(["label"] if gold else []), "pred_label", "probs"])
-        for i, (id, label, p) in enumerate(zip(ids, predicted, probs, strict=True)):
-            writer.writerow([id, *([gold[i]] if gold else []), label, json.dumps(p.tolist())])
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError, Parser, exit_on_bad_input, write_predictions
-from metrics import Predictions, check_alike, class_names, read_predictions
+from data import InputError, Parser, exit_on_bad_input
+from metrics import Predictions, check_alike, class_names, read_predictions, write_predictions
 
 
 def vote(submissions: list[Predictions], names: dict[int, str], weights: np.ndarray, soft: bool):

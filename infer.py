@@ -13,7 +13,9 @@ import argparse
 import ctypes
 import gc
 import os
+import signal
 import sys
+import time
 import traceback
 import warnings
 from contextlib import contextmanager
@@ -40,9 +42,8 @@ from data import (
     exit_on_bad_input,
     read_rows,
     with_known_labels,
-    write_predictions,
 )
-from metrics import describe, score
+from metrics import describe, score, write_predictions
 from model import Example, RelationModel, collate, encode, load_checkpoint, restore, within_tokens
 
 # --- where it runs -----------------------------------------------------------------------------------------------
@@ -138,17 +139,31 @@ def running(amp: str):
             dist.destroy_process_group()
 
 
-@torch.inference_mode()
-def predict(model: RelationModel, examples: list[Example], machine: Machine, max_tokens=16384, progress=iter):
-    """Probabilities (rows, n_labels) as float64 for all examples on every rank, each computed on one of them.
+class StopSignal:
+    """Remembers a SIGTERM or SIGINT, so that the step in hand is finished and saved. A second one, unless it comes
+    within a second (a launcher may pass on what was sent to this process already), ends the program at once."""
 
-    `progress` wraps the batches, as tqdm does.
-    """
+    def __init__(self):
+        self.number, self.when = 0, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.number and time.monotonic() - self.when > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.number, self.when = number, time.monotonic()
+
+
+@torch.inference_mode()
+def predict(model: RelationModel, examples: list[Example], machine: Machine, max_tokens=16384, show=False):
+    """Probabilities (rows, n_labels) as float64 for all examples on every rank, each computed on one of them; `show`
+    draws a bar."""
     model.eval()
     lengths = np.array([len(e.ids) for e in examples])
     batches = within_tokens(np.arange(len(examples)), lengths, max_tokens)[machine.rank :: machine.world]
     probs = torch.zeros(len(examples), model.classifier.out_features, dtype=torch.float64, device=machine.device)
-    for rows in progress(batches):
+    for rows in tqdm(batches, unit="batch", leave=False, disable=not show or machine.rank > 0):
         batch = collate(examples, rows).to(machine.device)
         with machine.autocast():
             logits = model(batch)
@@ -230,8 +245,7 @@ def predict_rows(checkpoint: dict, rows: list[Row], machine: Machine, max_tokens
     examples, n_cut = encode(rows, template, tokenizer, checkpoint["labels"], settings["max_length"])
     if n_cut and machine.rank == 0:
         print(f"{n_cut} sentences cut to {settings['max_length']} tokens")
-    bar = (lambda batches: tqdm(batches, unit="batch", leave=False)) if show and machine.rank == 0 else iter
-    probs = predict(model.to(machine.device), examples, machine, max_tokens, bar)
+    probs = predict(model.to(machine.device), examples, machine, max_tokens, show)
     return scale_negative(probs, checkpoint["negative_factor"])
 
 

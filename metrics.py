@@ -12,14 +12,16 @@ All are percentages. Label 0 is the negative one (no_relation). As tables, figur
     python metrics.py --a 'runs/a-*/valid.csv' --b 'runs/b-*/valid.csv'      # several seeds a side
 """
 
+import csv
 import json
 import math
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import KLUE_LABELS, InputError, read_csv
+from data import KLUE_LABELS, InputError, atomic_write, read_csv
 
 DRAWS = 1000  # of a bootstrap
 SCORES = {"micro_f1": "micro F1", "auprc": "AUPRC", "accuracy": "accuracy"}
@@ -36,6 +38,15 @@ class Predictions(NamedTuple):
     probs: np.ndarray  # (N, C), each row sums to 1
     lines: list[int]
     gold: list[str] | None  # as in a run's valid.csv
+
+
+def write_predictions(path: str | Path, ids: list[str], predicted: list[str], probs: np.ndarray, gold=None):
+    """Writes id,pred_label,probs as the competition wants them, and the gold labels after the id where given."""
+    with atomic_write(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", *(["label"] if gold else []), "pred_label", "probs"])
+        for i, (id, label, p) in enumerate(zip(ids, predicted, probs, strict=True)):
+            writer.writerow([id, *([gold[i]] if gold else []), label, json.dumps(p.tolist())])
 
 
 def read_predictions(path: str) -> Predictions:
@@ -262,11 +273,6 @@ def error_table(predicted: np.ndarray, gold: np.ndarray) -> list[dict]:
         "false negatives (FN)": missed | confused,
     }
     return [{"what": what, "rows": int(which.sum()), "%": 100 * which.mean()} for what, which in lines.items()]
-
-
-def confusion_matrix(predicted: np.ndarray, gold: np.ndarray, n_labels: int) -> np.ndarray:
-    """Rows by true (first axis) and predicted class."""
-    return np.bincount(gold * n_labels + predicted, minlength=n_labels**2).reshape(n_labels, n_labels)
 
 
 def confusion_table(predicted: np.ndarray, gold: np.ndarray, labels: list[str], n: int = 15) -> list[dict]:

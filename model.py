@@ -170,20 +170,16 @@ def _tokens(tokenizer, texts: list[str], with_offsets=False):
 
 def _special_tokens(tokenizer, pair: bool):
     """The tokens that a tokenizer puts before, between and after its segments, and the segments' type ids."""
-    first, second = (text.ids for text in _tokens(tokenizer, ["가", "나"]))
+    text = tokenizer("가", "나") if pair else tokenizer("나")
+    ids, kinds, segment = text["input_ids"], text.get("token_type_ids"), text.sequence_ids()  # of special tokens None
+    first, second = segment.index(0), segment.index(int(pair))
+    before, after = ids[:first], ids[second + segment.count(int(pair)) :]
     if not pair:
-        ids = tokenizer("나")["input_ids"]
-        at = next(i for i in range(len(ids)) if ids[i : i + len(second)] == second)
-        return ids[:at], [], ids[at + len(second) :], (0, 0)
-    both = tokenizer("가", "나")
-    ids, kinds = both["input_ids"], both.get("token_type_ids")
-    one = next(i for i in range(len(ids)) if ids[i : i + len(first)] == first)
-    two = next(i for i in range(one + len(first), len(ids)) if ids[i : i + len(second)] == second)
-    types = (kinds[one], kinds[two]) if kinds else (0, 0)
-    between = ids[one + len(first) : two]
+        return before, [], after, (0, 0)
+    between = ids[first + segment.count(0) : second]
     if not between and tokenizer.eos_token_id is not None:  # decoders' tokenizers would run the segments together
         between = [tokenizer.eos_token_id]
-    return ids[:one], between, ids[two + len(second) :], types
+    return before, between, after, (kinds[first], kinds[second]) if kinds else (0, 0)
 
 
 def _cut_middle(ids: list[int], room: int) -> list[int]:
@@ -210,11 +206,7 @@ def _nearest_to_marks(offsets: np.ndarray, spans, room: int, where: str) -> list
 
 @dataclass
 class Batch:
-    """B sentences end to end, T tokens in all, the longest sentence first, so that equal lengths are neighbours.
-
-    `packing` sorts tokens by position and then by sentence: the order of torch's PackedSequence, whose `batch_sizes`
-    stay on the CPU, as it demands.
-    """
+    """B sentences end to end, T tokens in all, the longest sentence first, so that equal lengths are neighbours."""
 
     ids: torch.Tensor  # (T,) token ids
     types: torch.Tensor  # (T,) segment 0 or 1
@@ -224,8 +216,6 @@ class Batch:
     marks: torch.Tensor  # (B, 2) flat index of the opening marks of subject and object
     closings: torch.Tensor  # (B, 2) flat index of the last tokens of their closing marks
     labels: torch.Tensor  # (B,) numbers of labels, -1 where unknown
-    packing: torch.Tensor  # (T,) flat indices, time-major
-    batch_sizes: torch.Tensor  # (longest,) how many sentences have a token at each position; on the CPU
     lengths: list[int]  # (B,) tokens a sentence, descending
     rows: np.ndarray  # (B,) which of the examples each sentence is
 
@@ -233,7 +223,7 @@ class Batch:
         """The batch on `device`; to a GPU by way of pinned memory, so that the copy does not hold up the program."""
         if device.type == "cpu":
             return self
-        names = [f.name for f in fields(self) if f.type is torch.Tensor and f.name != "batch_sizes"]
+        names = [f.name for f in fields(self) if f.type is torch.Tensor]
         moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names}
         return replace(self, **moved)
 
@@ -244,18 +234,15 @@ def collate(examples: list[Example], rows: np.ndarray) -> Batch:
     chosen = [examples[i] for i in rows]
     lengths = np.array([len(e.ids) for e in chosen])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.concatenate([np.arange(n) for n in lengths])
     return Batch(
         ids=torch.from_numpy(np.concatenate([e.ids for e in chosen])),
         types=torch.from_numpy(np.concatenate([e.types for e in chosen])),
         entities=torch.from_numpy(np.concatenate([e.entities for e in chosen], 1)),
-        positions=torch.from_numpy(positions),
+        positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
         offsets=torch.from_numpy(offsets.astype(np.int32)),
         marks=torch.from_numpy(np.array([e.marks for e in chosen]) + offsets[:-1, None]),
         closings=torch.from_numpy(np.array([e.closings for e in chosen]) + offsets[:-1, None]),
         labels=torch.tensor([e.label for e in chosen]),
-        packing=torch.from_numpy(np.argsort(positions, kind="stable")),
-        batch_sizes=torch.from_numpy(np.bincount(positions)),
         lengths=lengths.tolist(),
         rows=rows,
     )
@@ -303,21 +290,16 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
     pieces = []
     for (length, _), *qkv in zip(groups, *split):
         q, k, v = (x.unflatten(1, (-1, length)) for x in qkv)  # (heads, sentences, length, width)
-        mask = None
-        if causal or (sliding_window is not None and length > sliding_window):
-            place = torch.arange(length, device=query.device)
-            distance = place[:, None] - place[None]
-            mask = distance.abs() < (sliding_window or length)
-            mask = mask & (distance >= 0) if causal else mask
-        pieces.append(_attend(q, k, v, mask, scaling or q.shape[-1] ** -0.5).flatten(1, 2))
+        mask, reach, scale = None, (sliding_window or length) - 1, scaling or q.shape[-1] ** -0.5
+        if causal or reach < length - 1:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
+            mask = mask.triu(-reach).tril(0 if causal else reach)
+        if q.is_cuda or mask is not None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        else:  # on CPUs torch's fused kernel takes four times as long to train on sentences this short
+            out = ((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v
+        pieces.append(out.flatten(1, 2))
     return torch.cat(pieces, 1).transpose(0, 1)[None], None
-
-
-def _attend(q, k, v, mask, scaling):
-    if q.is_cuda or mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    # on CPUs torch's fused kernel takes four times as long to train on sentences this short
-    return ((q * scaling) @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each of its tries without a network
@@ -331,10 +313,7 @@ AttentionMaskInterface.register("flat", lambda *args, **kwargs: None)  # else a 
 def load_encoder(name: str, added_tokens: range = range(0)) -> nn.Module:
     """A pretrained encoder by its folder or its name on the Hugging Face hub, with fp32 weights whatever the files
     hold. The embeddings of `added_tokens`, ids behind those that the encoder has learned, start as their mean."""
-    try:
-        encoder = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # of many kinds: transformers', the hub's, safetensors'
-        raise _cannot_load(name, error) from error
+    encoder = _load(AutoModel, name, dtype=torch.float32)
     if added_tokens:
         mean = encoder.get_input_embeddings().weight.detach()[: added_tokens.start].mean(0)
         if added_tokens.stop > encoder.get_input_embeddings().num_embeddings:
@@ -346,20 +325,13 @@ def load_encoder(name: str, added_tokens: range = range(0)) -> nn.Module:
 def load_language_model(name: str):
     """(masked language model, whether its head is new) by the encoder's folder or name: a head that the files do not
     have starts from nothing, tied to the input embeddings as the architecture has it."""
-    try:
-        options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
-        model, info = AutoModelForMaskedLM.from_pretrained(name, **options)
-    except Exception as error:
-        raise _cannot_load(name, error) from error
+    model, info = _load(AutoModelForMaskedLM, name, dtype=torch.float32, output_loading_info=True)
     return model, bool(info["missing_keys"])
 
 
 def load_tokenizer(name: str):
     """The fast tokenizer of an encoder by its folder or its name on the Hugging Face hub."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise _cannot_load(name, error) from error
+    tokenizer = _load(AutoTokenizer, name)
     if not tokenizer.is_fast:
         raise InputError(f"--model {name}: its tokenizer has no fast version, which tells where in the text tokens are")
     return tokenizer
@@ -371,10 +343,15 @@ def add_markers(tokenizer, template: Template, rows: list[Row]):
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in template.added_tokens(types)])
 
 
-def _cannot_load(name: str, error: Exception) -> InputError:
-    text = "expected an encoder's folder or a name on the Hugging Face hub"
-    is_missing = name.count("/") > 1 and not Path(name).exists()  # the hub's names have one slash at most
-    return InputError(f"--model {name}: {text}: {'no such folder' if is_missing else first_line(error)}")
+def _load(kind, name: str, **options):
+    """What transformers loads by an encoder's folder or its name on the hub."""
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # of many kinds: transformers', the hub's, safetensors'
+        is_missing = name.count("/") > 1 and not Path(name).exists()  # the hub's names have one slash at most
+        found = "no such folder" if is_missing else first_line(error)
+        text = "expected an encoder's folder or a name on the Hugging Face hub"
+        raise InputError(f"--model {name}: {text}: {found}") from error
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -516,14 +493,17 @@ class RelationModel(FlatEncoder):
     def _last_states(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The RNN's forward state at the last token of each sentence beside the backward one at its first token,
         (B, 2 x hidden)."""
+        lengths = torch.tensor(batch.lengths)
         if states.is_cuda:
+            order = batch.positions.argsort(stable=True)  # by position, then by sentence, as PackedSequence has it
+            sizes = (lengths > torch.arange(batch.lengths[0])[:, None]).sum(1)  # on the CPU, as it demands
             with torch.autocast("cuda", enabled=False):  # which would run it in fp16 also where bf16 is asked for
-                _, last = self.rnn(PackedSequence(states[batch.packing].float(), batch.batch_sizes))
+                _, last = self.rnn(PackedSequence(states[order].float(), sizes))
             last = last if self.head == "bigru" else last[0]  # (2 directions, B, hidden)
             return torch.cat([last[0], last[1]], 1)
         # torch's CPU kernels take three times as long for packed sequences as for padded ones, and a batch has
         # sentences of like length. Each direction runs by itself, the backward one over the sentences reversed.
-        first, lengths = batch.offsets[:-1].long(), torch.tensor(batch.lengths)
+        first = batch.offsets[:-1].long()
         places = torch.minimum(torch.arange(batch.lengths[0])[:, None], lengths - 1)  # (longest, B)
         last = []
         # half precision only to predict: its gradients would lose what sums up over a sentence

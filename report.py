@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from sklearn.metrics import auc, precision_recall_curve
+from sklearn.metrics import auc, confusion_matrix, precision_recall_curve
 
 import data
 import metrics
@@ -182,7 +182,7 @@ def heat_figure(counts: np.ndarray, y_names: list[str], x_names: list[str], y_la
 
 def confusion_figure(predicted: np.ndarray, gold: np.ndarray, labels: list[str]) -> Figure:
     """The confusion matrix; right predictions are on the diagonal."""
-    matrix = metrics.confusion_matrix(predicted, gold, len(labels))
+    matrix = confusion_matrix(gold, predicted, labels=range(len(labels)))
     return heat_figure(matrix, labels, labels, "true", "predicted")
 
 

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import signal
-import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -34,8 +33,8 @@ from tqdm import tqdm
 
 import data
 from data import MARKERS, PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic_write
-from infer import Machine, negative_factor, predict, restarts, running, scale_negative
-from metrics import describe, score
+from infer import Machine, StopSignal, negative_factor, predict, restarts, running, scale_negative
+from metrics import describe, score, write_predictions
 from model import (
     PROGRESS_FORMAT,
     DamagedFile,
@@ -381,7 +380,7 @@ class Relations(Task):
         if self.valid:
             ids, gold = [row.id for row in self.valid_rows], [row.label for row in self.valid_rows]
             predicted = [self.labels[c] for c in self.probs.argmax(1)]
-            data.write_predictions(folder / "valid.csv", ids, predicted, self.probs, gold)
+            write_predictions(folder / "valid.csv", ids, predicted, self.probs, gold)
 
     def log(self, writer: SummaryWriter, step: int):
         from report import log_evaluation  # what draws takes a second to import, which the start need not wait for
@@ -577,22 +576,6 @@ def update_weights(model, optimizer, scaler, clip_norm: float) -> torch.Tensor:
     return is_bad
 
 
-class StopSignal:
-    """Remembers a SIGTERM or SIGINT, so that the step in hand is finished and saved. A second one, unless it comes
-    within a second (a launcher may pass on what was sent to this process already), ends the program at once."""
-
-    def __init__(self):
-        self.number, self.when = 0, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch)
-
-    def catch(self, number, frame):
-        if self.number and time.monotonic() - self.when > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.number, self.when = number, time.monotonic()
-
-
 @dataclass
 class Progress:
     """What a run knows of its past."""
@@ -653,13 +636,8 @@ def remove_progress(folder: Path):
 
 def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
     """The whole run, on each process; returns the best scores."""
-    is_first = machine.rank == 0
-
-    def say(text: str):
-        if is_first:
-            tqdm.write(text)
-
-    folder = settings.folder()
+    is_first, folder = machine.rank == 0, settings.folder()
+    say = tqdm.write if is_first else lambda text: None
     task = TASKS[settings.objective](settings, machine, say)
     settings = task.settings
     optimizer = make_optimizer(task.model, settings)
@@ -719,8 +697,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
                     raise InputError("out of memory with one sentence at a time; try a smaller --max-length or --model")
                 max_tokens = min(max_tokens, math.ceil(lengths[batches[place]].sum() / machine.world)) // 2
                 task.model.zero_grad()
-                if machine.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
                 trained = None  # a DistributedDataParallel that was stopped half way cannot go on
                 trained = machine.distribute(task.model)
             if max_tokens < tokens_before:
@@ -746,9 +723,8 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
             shown = {"loss": loss / max(window_steps - n_bad, 1), "learning_rate": rate}
             shown |= {"sentences_per_second": window_sentences / seconds, "skipped_steps": progress.skipped}
             text = "loss {loss:.3f}, lr {learning_rate:.1e}, {sentences_per_second:.1f} sentences/s".format(**shown)
-            bar.set_postfix_str(
-                text + (f", {progress.skipped} steps skipped" if progress.skipped else ""), refresh=False
-            )
+            text += f", {progress.skipped} steps skipped" if progress.skipped else ""
+            bar.set_postfix_str(text, refresh=False)
             if n_in_a_row >= BAD_STEPS:
                 raise InputError(
                     f"{n_in_a_row} steps in a row, up to {progress.step}, were skipped: their gradient is not finite; "
@@ -823,7 +799,7 @@ def main():
             print(f"\nseeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation:")
             for name in names:
                 values = [scores[name] for scores in runs]
-                print(f"  {name} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
+                print(f"  {name} {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}")
 
 
 if __name__ == "__main__":

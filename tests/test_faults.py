@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import KLUE_LABELS, write_predictions
+from data import KLUE_LABELS
+from metrics import write_predictions
 from tests.conftest import ROOT, SAMPLE
 
 

@@ -10,9 +10,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from data import KLUE_LABELS, Entity, InputError, write_predictions
+from data import KLUE_LABELS, Entity, InputError
 from infer import entity_of
-from metrics import read_predictions
+from metrics import read_predictions, write_predictions
 from tests.conftest import SAMPLE
 from train import NOT_OPTIMISATION, Settings
 

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 import report
-from data import KLUE_LABELS, PROMPTS, Entity, Row, Template, read_rows, write_predictions
-from metrics import SCORES, score
+from data import KLUE_LABELS, PROMPTS, Entity, Row, Template, read_rows
+from metrics import SCORES, score, write_predictions
 from model import add_markers, load_tokenizer
 from tests.conftest import SAMPLE
 
