@@ -451,8 +451,8 @@ class RelationModel(FlatEncoder):
 
     head: "cls" reads the first token; "entity" the first token and the opening marks of subject and object, in a
     decoder, where only later tokens know, the last token and the closing marks; "bilstm" and "bigru" the last forward
-    and the last backward state of an RNN over the sentence; "entity_bilstm" what "entity" and "bilstm" read. norm
-    ("layer", "batch", "none"), gelu and dropout act on what is read, before the classifier.
+    and the last backward state of an RNN over the sentence. norm ("layer", "batch", "none"), gelu and dropout act on
+    what is read, before the classifier.
     """
 
     def __init__(
@@ -461,9 +461,8 @@ class RelationModel(FlatEncoder):
         super().__init__(encoder, entity_embedding)
         self.head = head
         hidden = encoder.config.hidden_size
-        width = hidden * {"cls": 1, "entity": 3, "bilstm": 2, "bigru": 2, "entity_bilstm": 5}[head]
-        self.rnn = None
-        if head not in ("cls", "entity"):
+        width = hidden * {"cls": 1, "entity": 3, "bilstm": 2, "bigru": 2}[head]
+        if head in ("bilstm", "bigru"):
             self.rnn = (nn.GRU if head == "bigru" else nn.LSTM)(hidden, hidden, bidirectional=True)
             for name, weight in self.rnn.named_parameters():
                 nn.init.xavier_normal_(weight) if "weight" in name else nn.init.zeros_(weight)
@@ -481,14 +480,13 @@ class RelationModel(FlatEncoder):
         token, marks = batch.offsets[:-1].long(), batch.marks
         if self.is_causal:
             token, marks = batch.offsets[1:].long() - 1, batch.closings
-        features = []
         if self.head == "cls":
-            features.append(states[token])
-        if self.head in ("entity", "entity_bilstm"):
-            features.append(states[torch.cat([token[:, None], marks], 1)].flatten(1))
-        if self.rnn is not None:
-            features.append(self._last_states(states, batch))
-        return self.classifier(self.dropout(self.activation(self.norm(torch.cat(features, 1)))))
+            features = states[token]
+        elif self.head == "entity":
+            features = states[torch.cat([token[:, None], marks], 1)].flatten(1)
+        else:
+            features = self._last_states(states, batch)
+        return self.classifier(self.dropout(self.activation(self.norm(features))))
 
     def _last_states(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The RNN's forward state at the last token of each sentence beside the backward one at its first token,
@@ -555,7 +553,7 @@ def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_al
 
 # --- checkpoint --------------------------------------------------------------------------------------------------
 
-MODEL_FORMAT, PROGRESS_FORMAT = "relation model 2", "training progress 1"
+MODEL_FORMAT, PROGRESS_FORMAT = "relation model 3", "training progress 1"
 
 
 def save_tensors(path: str | Path, content: dict, keep: Path | None = None):

@@ -102,8 +102,7 @@ class Settings:
     objective: str = setting("relation", "what is learned; mlm: masked tokens of the sentences, before fine-tuning",
                              "relation", "mlm")  # fmt: skip
     model: str = setting("klue/roberta-large", "encoder: a folder, or a name on the Hugging Face hub")
-    head: str = setting("entity_bilstm", "what reads the relation off the encoder's states",
-                        "cls", "entity", "bilstm", "bigru", "entity_bilstm")  # fmt: skip
+    head: str = setting("entity", "what reads the relation off the encoder's states", "cls", "entity", "bilstm", "bigru")
     norm: str = setting("layer", "normalisation before the classifier", "layer", "batch", "none")
     gelu: bool = setting(False, "a GELU before the classifier")
     dropout: float = setting(0.0, "dropout before the classifier (the encoder has its own)", 0, 0.99)
@@ -179,7 +178,7 @@ class Settings:
 NOT_OPTIMISATION = ("preset", "seeds", "max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo",
                     "deterministic")  # fmt: skip
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
-        "head": "entity", "batch_size": 32, "epochs": 8, "lr": 1e-3, "layer_decay": 1.0}  # fmt: skip
+        "batch_size": 32, "epochs": 8, "lr": 1e-3, "layer_decay": 1.0}  # fmt: skip
 
 
 def flag(name: str) -> str:

@@ -36,7 +36,7 @@ def test_settings_come_from_the_command_line():
     settings = parse_settings(["--head", "bilstm", "--no-clean", "--lr", "1e-4", "--gelu"])
     assert settings == Settings(head="bilstm", clean=False, lr=1e-4, gelu=True)
     assert settings.folder().as_posix() == "runs/roberta-large-bilstm-no_clean-gelu-lr=0.0001"
-    assert parse_settings([]).folder().as_posix() == "runs/roberta-large-entity_bilstm"
+    assert parse_settings([]).folder().as_posix() == "runs/roberta-large-entity"
     demo = parse_settings(["--demo", "--head", "bigru"])
     assert (demo.out, demo.head, demo.model) == ("runs/demo", "bigru", "runs/demo/encoder")
 
