@@ -102,7 +102,7 @@ class Settings:
     objective: str = setting("relation", "what is learned; mlm: masked tokens of the sentences, before fine-tuning",
                              "relation", "mlm")  # fmt: skip
     model: str = setting("klue/roberta-large", "encoder: a folder, or a name on the Hugging Face hub")
-    head: str = setting("entity", "what reads the relation off its states", "cls", "entity", "bilstm", "bigru")
+    head: str = setting("entity", "what reads the encoder's states", "cls", "entity", "bilstm", "bigru")
     norm: str = setting("layer", "normalisation before the classifier", "layer", "batch", "none")
     gelu: bool = setting(False, "a GELU before the classifier")
     dropout: float = setting(0.0, "dropout before the classifier (the encoder has its own)", 0, 0.99)
