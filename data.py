@@ -133,7 +133,7 @@ class Row(NamedTuple):
     where: str
 
 
-HUB = re.compile(r"hub:([^@]+)@([^:@/]+)(?::([^:@/]+))?")  # name or folder, revision, configuration
+HUB = re.compile(r"hub:([^@]+)@([^:@]+)(?::([^:@/]+))?")  # name or folder, revision, configuration
 
 
 def data_file(data: str | Path, stem: str) -> Path:
@@ -145,7 +145,7 @@ def data_file(data: str | Path, stem: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise InputError(f"{data}: no {stem}.csv, {stem}.json or {stem}.jsonl there; --data names the folder that holds it")
+    raise InputError(f"{data}: no {stem}.csv, {stem}.json or {stem}.jsonl there; --data names another place")
 
 
 def read_rows(path: str | Path, skipped: list[str] | None = None) -> list[Row]:
@@ -190,6 +190,14 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: found byte {content[error.start]:#04x}, expected UTF-8 text") from error
+
+
+def read_json(path: str | Path, expected: str):
+    """What a JSON file holds; `expected` tells in words what that should be."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected {expected}: {first_line(error)}") from error
 
 
 def read_csv(path: str | Path, columns: tuple[str, ...]):
@@ -238,7 +246,7 @@ def _hub_records(path: Path):
     where there is none, as in KLUE, validation."""
     spec, split = str(path.parent), path.name
     if not (found := HUB.fullmatch(spec)):
-        raise InputError(f"--data {spec}: expected hub:OWNER/NAME@REVISION or hub:OWNER/NAME@REVISION:CONFIG")
+        raise InputError(f"{spec}: expected hub:OWNER/NAME@REVISION[:CONFIG], of a file to validate on /SPLIT as well")
     name, revision, config = found.groups()
     try:
         import datasets
@@ -262,9 +270,9 @@ def _hub_records(path: Path):
         yield number, {"id": record.get("guid"), **record}
 
 
-def version(data: str | Path, rows: list[Row]) -> dict:
-    """What tells this data from an earlier or later state of it: the hub's revision, and a hash of the rows."""
-    found = HUB.match(str(data))
+def version(data: str, rows: list[Row]) -> dict:
+    """What tells `data`, as --data names it, from an earlier or later state: the hub's revision, a hash of the rows."""
+    found = HUB.fullmatch(data)
     content = sha256(repr([row[:-1] for row in rows]).encode()).hexdigest()
     return {"revision": found and found[2], "content": content[:16]}
 

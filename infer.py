@@ -94,8 +94,9 @@ def restarts() -> int:
 def running(amp: str):
     """Joins the processes of torchrun, if any, for the length of a block; `amp`: auto, off, bf16 or fp16."""
     cuda, place = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda and place >= torch.cuda.device_count():
-        raise InputError(f"torchrun --nproc_per_node: found over {place}, expected at most the number of GPUs")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cuda and here > torch.cuda.device_count():
+        raise InputError(f"torchrun --nproc_per_node: found {here}, expected at most {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", place) if cuda else torch.device("cpu")
     if amp == "auto":
         if cuda:
@@ -114,7 +115,6 @@ def running(amp: str):
     if "RANK" not in os.environ:
         yield machine
         return
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
     if not cuda and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # what torchrun sets where nobody else has
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

@@ -322,12 +322,13 @@ def compare(a: list[tuple], b: list[tuple], gold: np.ndarray, draws: int = DRAWS
             side.append([weighted_scores(probs, predicted, gold, weights) for probs, predicted in runs])
     random, table, differences = np.random.default_rng(1), [], {}
     chosen = [random.integers(0, len(runs), (len(runs), draws)) for runs in (a, b)]
+    seen = [[score(probs, gold, predicted) for probs, predicted in runs] for runs in (a, b)]
     for name, text in SCORES.items():
         line, means = {"score": text}, []
-        for title, runs, side, which in zip("AB", (a, b), drawn, chosen):
-            scores = [score(probs, gold, predicted)[name] for probs, predicted in runs]
+        for title, scores, side, which in zip("AB", seen, drawn, chosen):
+            scores = [of_run[name] for of_run in scores]
             line[title] = np.mean(scores)
-            if len(runs) > 1:
+            if len(scores) > 1:
                 line[f"{title} ± SD"] = np.std(scores, ddof=1)
             of_runs = np.concatenate([[part[name] for part in parts] for parts in side], 1)  # (runs, draws)
             means.append(np.take_along_axis(of_runs, which, 0).mean(0))

@@ -544,11 +544,8 @@ def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_al
     """The loss of each sentence, (B,): cross entropy, or with focal_gamma > 0 or focal_alpha the focal loss of
     Lin et al. 2017 on the softmax, FL(p_t) = -alpha_t (1 - p_t)^gamma log p_t; focal_alpha: (n_labels,) or None."""
     logits = logits.float()
-    if not focal_gamma and focal_alpha is None:
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
-    log_p = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
-    loss = -((1 - log_p.exp()) ** focal_gamma) * log_p
-    return loss if focal_alpha is None else focal_alpha[labels] * loss
+    loss = F.cross_entropy(logits, labels, focal_alpha, label_smoothing=label_smoothing, reduction="none")
+    return loss * (1 - logits.softmax(1).gather(1, labels[:, None])[:, 0]) ** focal_gamma if focal_gamma else loss
 
 
 # --- checkpoint --------------------------------------------------------------------------------------------------
@@ -600,11 +597,9 @@ def save_encoder(folder: Path, model: FlatEncoder, tokenizer):
 def load_checkpoint(path: str | Path, format: str = MODEL_FORMAT) -> dict:
     """The content of a checkpoint, on the CPU; only tensors and plain values are read (weights_only)."""
     try:
-        open(path, "rb").close()
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: the file may hold anything
         raise DamagedFile(f"{path}: truncated, or not a checkpoint of train.py") from error
     found = content.get("format") if isinstance(content, dict) else None

@@ -15,7 +15,6 @@ import functools
 import glob
 import html
 import io
-import json
 import re
 import sys
 import unicodedata
@@ -353,12 +352,6 @@ def data_arguments() -> argparse.Namespace:
     return arguments
 
 
-def short_names(paths: list[str]) -> list[str]:
-    """File names, or whole paths where two files have one name."""
-    names = [Path(path).name for path in paths]
-    return names if len(set(names)) == len(names) else paths
-
-
 def token_lengths(files: dict[str, list[Row]], template: Template, model: str) -> dict[str, np.ndarray]:
     """How many tokens the encoder gets of each row if none is cut."""
     from model import add_markers, encode, load_tokenizer  # torch takes seconds to load: only when tokens are counted
@@ -417,7 +410,9 @@ def data_report():
     if arguments.download:
         data.download(Path(arguments.out or "data"), arguments.download)
         return
-    files = dict(zip(short_names(arguments.files), map(data.read_rows, arguments.files)))
+    names = [Path(path).name for path in arguments.files]
+    names = names if len(set(names)) == len(names) else arguments.files
+    files = dict(zip(names, map(data.read_rows, arguments.files)))
     lengths, how = None, f"{arguments.model}, --marker {arguments.marker}, --prompt {arguments.prompt}"
     if arguments.model:
         template = Template(arguments.marker, arguments.prompt, arguments.type_names)
@@ -458,12 +453,7 @@ def matching(patterns: list[str], option: str) -> list[str]:
 def summary_of(path: str) -> dict:
     """The summary.json beside a run's valid.csv; empty where there is none."""
     beside = Path(path).with_name("summary.json")
-    if not beside.exists():
-        return {}
-    try:
-        return json.loads(data.read_text(beside))
-    except ValueError as error:
-        raise InputError(f"{beside}: expected JSON: {error}") from error
+    return data.read_json(beside, "a run's summary") if beside.exists() else {}
 
 
 def rows_of(file: metrics.Predictions, gold: str | None, summary: dict) -> list[Row] | None:

@@ -12,7 +12,6 @@ the median of the trials before, it is stopped. The study is in runs/sweep/study
 import argparse
 import ctypes
 import fcntl
-import json
 import shlex
 import signal
 import subprocess
@@ -24,8 +23,8 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from data import InputError, Parser, exit_on_bad_input, first_line, read_text
-from train import Settings, flag, parse_settings, remove_progress
+from data import InputError, Parser, exit_on_bad_input, first_line, read_json
+from train import PROGRESS_FILES, Settings, flag, parse_settings, remove_progress
 
 HERE = Path(__file__).parent
 SPACE = {  # what the report searched
@@ -57,15 +56,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_space(path: str | None, arguments: list[str]) -> dict[str, list]:
     """The choices for each setting, once it is sure that train.py takes them beside the other arguments."""
-    space = SPACE
-    if path:
-        try:
-            space = json.loads(read_text(path))
-        except ValueError as error:
-            raise InputError(f'{path}: expected JSON {{"lr": [1e-5, 2e-5], ...}}: {error}') from error
+    expected = 'a JSON object {"lr": [1e-5, 2e-5], ...}'
+    space = read_json(path, expected) if path else SPACE
     known = [f.name for f in fields(Settings)]
     if not isinstance(space, dict) or not space:
-        raise InputError(f'{path}: expected a JSON object {{"lr": [1e-5, 2e-5], ...}}')
+        raise InputError(f"{path}: expected {expected}")
     for name, choices in space.items():
         if name not in known or not isinstance(choices, list) or not choices:
             raise InputError(f"{path}: {name}: found {choices!r}, expected a setting of train.py and a list of choices")
@@ -140,7 +135,7 @@ def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: li
         study.tell(trial, summary["best"][summary["settings"]["best_metric"]])
     else:
         study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
-    for name in ("last.pt", "previous.pt"):  # three times the model's size, and nothing goes on from them
+    for name in PROGRESS_FILES:  # three times the model's size, and nothing goes on from them
         (folder / name).unlink(missing_ok=True)
 
 
@@ -152,7 +147,7 @@ def end_with_parent():
 
 def read_summary(folder: Path) -> dict:
     path = folder / "summary.json"
-    return json.loads(read_text(path)) if path.exists() else {}
+    return read_json(path, "a run's summary") if path.exists() else {}
 
 
 def report(trial: Trial, summary: dict):

@@ -66,6 +66,7 @@ PRESETS = {
     "recommended": {},
     "report": {"head": "cls", "lr": 2e-5, "layer_decay": 1.0},
 }
+PROGRESS_FILES = ("last.pt", "previous.pt", "damaged.pt")
 BAD_STEPS = 20  # in a row that stop a run; fp16 skips a few at its start until it has found its scale
 
 
@@ -141,7 +142,7 @@ class Settings:
         """Raises InputError for settings that cannot be, before anything is loaded."""
         for f in fields(self):
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
-            if f.type in (int, float) and not allowed[0] <= value <= allowed[1]:
+            if f.type in (int, float) and not (math.isfinite(value) and allowed[0] <= value <= allowed[1]):
                 raise InputError(f"{flag(f.name)}: found {value}, expected {allowed[0]} to {allowed[1]}")
         if self.label_smoothing and (self.focal_gamma or self.focal_alpha):
             raise InputError("--label-smoothing goes with cross entropy, not with --focal-gamma or --focal-alpha")
@@ -219,7 +220,7 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row
     skipped = [] if settings.skip_bad_rows else None
     path = data.data_file(settings.data, "train")
     rows = data.read_rows(path, skipped)
-    version = data.version(path, rows)
+    version = data.version(settings.data, rows)
     labels = data.find_labels(rows, settings.negative_label)
     rows = data.with_known_labels(rows, labels, skipped)
     if not rows:
@@ -256,14 +257,15 @@ def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> 
     """The alpha of each label, or None."""
     if not settings.focal_alpha:
         return None
+    expected = "a JSON object {label: alpha}"
+    given = data.read_json(settings.focal_alpha, expected)
     try:
-        given = json.loads(data.read_text(settings.focal_alpha))
         unknown = [label for label in given if label not in labels]
         if unknown:
             raise ValueError(f"{unknown[0]!r} is none of the labels")
         return torch.tensor([float(given.get(label, 1)) for label in labels], device=device)
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{settings.focal_alpha}: expected a JSON object {{label: alpha}}: {error}") from error
+        raise InputError(f"{settings.focal_alpha}: expected {expected}: {error}") from error
 
 
 class Task:
@@ -440,6 +442,8 @@ class MaskedTokens(Task):
         for rows in batches[self.machine.rank :: self.machine.world]:
             total += self.loss_of(self.model, self.valid, self.valid_words, rows, [DATA_SEED])
         loss = self.machine.sum(total).item() / sum(map(n_masked, self.valid_words))
+        if not math.isfinite(loss):
+            raise InputError(f"the loss of the held-out sentences is {loss}; try --amp off")
         return {"loss": loss, "perplexity": math.exp(min(loss, 100))}
 
     def merit(self, scores: dict) -> float:
@@ -465,7 +469,7 @@ def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dic
     path = data.data_file(settings.data, "train")
     rows, others = data.read_rows(path, skipped), data.rows_to_predict(settings.data, skipped)
     sentences = list(dict.fromkeys(row.sentence for row in rows + others))
-    version = data.version(path, rows + others)
+    version = data.version(settings.data, rows + others)
     say(f"{path}{' and test_data beside it' if others else ''}: {len(sentences)} sentences")
     sentences = [sentences[i] for i in np.random.default_rng(DATA_SEED).permutation(len(sentences))]
     sentences = sentences[: settings.limit or None]
@@ -629,7 +633,7 @@ def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict,
 
 def remove_progress(folder: Path):
     """What --fresh does away with."""
-    for path in [folder / "last.pt", folder / "previous.pt", *folder.glob("events.out.tfevents*")]:
+    for path in [*(folder / name for name in PROGRESS_FILES), *folder.glob("events.out.tfevents*")]:
         path.unlink(missing_ok=True)
 
 

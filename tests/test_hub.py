@@ -27,7 +27,7 @@ configs:
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory, rows):
-    """hub:FOLDER@v1:re of the sample's rows, 300 to train on and 100 to validate on; its order of labels is another."""
+    """hub:FOLDER@refs/v1:re of the sample's rows, 300 to train, 100 to validate on; its order of labels is another."""
     folder = tmp_path_factory.mktemp("hub") / "own-re"
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
     features = {"guid": datasets.Value("string"), "sentence": datasets.Value("string"), "subject_entity": ENTITY,
@@ -43,7 +43,7 @@ def hub(tmp_path_factory, rows):
         table = datasets.Dataset.from_list([record(row) for row in part], features=datasets.Features(features))
         table.to_parquet(folder / "re" / f"{split}-00000-of-00001.parquet")
     (folder / "README.md").write_text(CARD)
-    return f"hub:{folder}@v1:re"
+    return f"hub:{folder}@refs/v1:re"
 
 
 def test_a_hub_data_set_is_read_as_a_file_is(hub, rows):
@@ -51,7 +51,7 @@ def test_a_hub_data_set_is_read_as_a_file_is(hub, rows):
     assert [row[1:-1] for row in found] == [row[1:-1] for row in rows[:300]]
     assert found[0].id == "own_" + rows[0].id
     assert [row[1:-1] for row in read_rows(data_file(hub, "test_data"))] == [row[1:-1] for row in rows[300:400]]
-    assert version(hub, found)["revision"] == "v1"
+    assert version(hub, found)["revision"] == "refs/v1"
     assert version(hub, found) != version(hub, found[1:])
 
 
