@@ -673,7 +673,8 @@ class Template(NamedTuple):
         return opening.format(type=name, TYPE=entity.type), closing.format(type=name)
 
 
-# (opening, closing) for the subject, then for the object; the words of `none` and `entity_mask` have no closing mark
+# (opening, closing) for the subject, then for the object; the words of `none` and `entity_mask` have no closing mark.
+# Markers that are tokens of their own are named in Template.added_tokens too
 MARKERS = {
     "none": (("", ""), ("", "")),
     "entity_mask": (("[SUBJ-{TYPE}]", ""), ("[OBJ-{TYPE}]", "")),
@@ -682,7 +683,8 @@ MARKERS = {
     "typed_entity_marker": (("<s:{type}> ", " </s:{type}> "), ("<o:{type}> ", " </o:{type}> ")),
     "typed_entity_marker_punct": (("@ * {type} * ", " @ "), ("# ^ {type} ^ ", " # ")),
 }
-# (before, after) the sentence; the first is the first segment of the input, the second ends the second segment
+# (before, after) the sentence; the first is the first segment of the input, the second ends the second segment.
+# {s}, {o}: the words of subject and object; {s과}, {o은}: with the particle; {sep}: the tokenizer's separator
 PROMPTS = {
     "none": ("", ""),
     "s_sep_o": ("{s}{sep}{o}", ""),

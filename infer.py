@@ -152,7 +152,8 @@ class StopSignal:
         if self.number and time.monotonic() - self.when > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.number, self.when = number, time.monotonic()
+        if not self.number:
+            self.number, self.when = number, time.monotonic()
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ behind them: intervals, labels, confusions, groups of rows, and whether one mode
 All are percentages. Label 0 is the negative one (no_relation). As tables, figures and a page (report.py does the work):
 
     python metrics.py runs/demo/valid.csv                                    # a run's validation rows
-    python metrics.py out/demo.csv --gold data/test_data.csv                 # a submission, if the labels are known
+    python metrics.py out/x.csv --gold data/dev.csv                          # a submission, if the labels are known
     python metrics.py runs/a/valid.csv runs/b/valid.csv                      # is the second better than the first?
     python metrics.py --a 'runs/a-*/valid.csv' --b 'runs/b-*/valid.csv'      # several seeds a side
 """

@@ -9,11 +9,11 @@ inside `FlatEncoder`, on which `RelationModel` and, for pre-training, `MaskedLan
     model = RelationModel(encoder, n_labels=30, head="bilstm")
     examples, n_cut = encode(rows, Template(), tokenizer, KLUE_LABELS, max_length=256)
     batch = collate(examples, range(64))
-    logits = model(batch)                                                  # (64, 30)
+    logits = model(batch)                                                  # (64, 30), in the order of batch.rows
     loss = relation_loss(logits, batch.labels).sum()
 
     checkpoint = load_checkpoint("runs/demo/ckpt.pt")                      # tensors and plain values, no code is run
-    model, tokenizer = restore(checkpoint)
+    model, tokenizer = restore(checkpoint)                                 # infer.predict_rows predicts with it
 """
 
 import json
@@ -348,7 +348,8 @@ def _load(kind, name: str, **options):
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # of many kinds: transformers', the hub's, safetensors'
-        is_missing = name.count("/") > 1 and not Path(name).exists()  # the hub's names have one slash at most
+        # the hub's names have one slash at most, and none in front
+        is_missing = (name.count("/") > 1 or name[:1] in "/.") and not Path(name).exists()
         found = "no such folder" if is_missing else first_line(error)
         text = "expected an encoder's folder or a name on the Hugging Face hub"
         raise InputError(f"--model {name}: {text}: {found}") from error
@@ -597,9 +598,11 @@ def save_encoder(folder: Path, model: FlatEncoder, tokenizer):
 def load_checkpoint(path: str | Path, format: str = MODEL_FORMAT) -> dict:
     """The content of a checkpoint, on the CPU; only tensors and plain values are read (weights_only)."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        open(path, "rb").close()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: the file may hold anything
         raise DamagedFile(f"{path}: truncated, or not a checkpoint of train.py") from error
     found = content.get("format") if isinstance(content, dict) else None
@@ -609,7 +612,7 @@ def load_checkpoint(path: str | Path, format: str = MODEL_FORMAT) -> dict:
 
 
 def restore(checkpoint: dict):
-    """(model, tokenizer) of a checkpoint; needs no network."""
+    """(model, to predict with, and tokenizer) of a checkpoint; needs no network."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in checkpoint["tokenizer"].items():
             if Path(name).name != name:
@@ -622,4 +625,4 @@ def restore(checkpoint: dict):
     settings = {key: value for key, value in checkpoint["settings"].items() if key in names}
     model = RelationModel(encoder, len(checkpoint["labels"]), **settings)
     model.load_state_dict(checkpoint["weights"])
-    return model, tokenizer
+    return model.eval(), tokenizer

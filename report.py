@@ -1,5 +1,5 @@
 """What `python data.py FILE` and `python metrics.py FILE` show: tables in the terminal, the same as figures (PNG), and
-one page, index.html, that opens from disk without a network.
+one page, index.html, that opens from disk without a network. And what TensorBoard shows of an evaluation.
 
     table --> text_table, html_table          a list of lines, each a dict from heading to value
     table --> bar_figure, heat_figure, ...    figures are matplotlib's, drawn without a display
@@ -493,6 +493,8 @@ def load(paths: list[str], gold: str | None) -> Loaded:
     names = metrics.class_names(files, summary.get("labels"))
     rows = rows_of(files[0], gold, summary)
     told = [row.label for row in rows] if rows and None not in {row.label for row in rows} else None
+    if gold and not told:
+        raise InputError(f"--gold {gold}: found rows without a label, expected those of the {len(rows)} predictions")
     classes = [metrics.gold_classes(file, names, told) for file in files]
     for file, found in zip(files, classes):
         if (found != classes[0]).any():

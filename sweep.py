@@ -23,7 +23,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from data import InputError, Parser, exit_on_bad_input, first_line, read_json
+from data import InputError, Parser, exit_on_bad_input, first_line, read_json, read_text
 from train import PROGRESS_FILES, Settings, flag, parse_settings, remove_progress
 
 HERE = Path(__file__).parent
@@ -227,14 +227,17 @@ def main():
             run_trial(study, trial, lock, path, [*command, "--out", str(path)])
         ended = study.get_trials(deepcopy=False)[trial.number]
         result = f"{ended.value:.2f}" if ended.state == TrialState.COMPLETE else ended.state.name.lower()
+        if ended.state == TrialState.FAIL:
+            result += f": {(read_text(path / 'log').splitlines() or [''])[-1]}"
         print(f"{path}: {result}", flush=True)
 
     best = best_first(study)
     if not best:
-        raise InputError(f"{folder}: no trial has come to its end yet; see {folder}/trial-*/log")
+        raise InputError(f"{folder}: no trial has come to its end; see {folder}/trial-*/log, and name another --out")
     show(study, space, folder, arguments.arguments)
-    written = []
-    for trial in best[: arguments.top]:
+    written, params = [], [trial.params for trial in best]
+    different = [trial for i, trial in enumerate(best) if trial.params not in params[:i]]  # small spaces repeat some
+    for trial in different[: arguments.top]:
         written.append(f"out/{folder.name}-trial-{trial.number}.csv")
         checkpoint = folder / f"trial-{trial.number}" / "ckpt.pt"
         if subprocess.run([sys.executable, str(HERE / "infer.py"), str(checkpoint), "--out", written[-1]]).returncode:

@@ -80,7 +80,7 @@ def setting(default, help: str, *allowed, bare=None):
 class Settings:
     """All settings of a run; the command line is made of it, --no-NAME turns a switch off."""
 
-    preset: str = setting("recommended", "settings to start from; report: those of the wrap-up report", *PRESETS)
+    preset: str = setting("recommended", "what to start from; report: head and rates of the wrap-up report", *PRESETS)
     # data
     data: str = setting("data", "folder with train.csv and test_data.csv (or .json, .jsonl), the training file, or "
                         "hub:OWNER/NAME@REVISION[:CONFIG]")  # fmt: skip
@@ -88,7 +88,8 @@ class Settings:
     split: str = setting("test-like", "9:1, like the test set as far as that can be; or 8:2", "test-like", "stratified")
     folds: int = setting(0, "validate on one of this many folds instead, of whole sentences; 0: none", 0, math.inf)
     fold: int = setting(0, "which fold to validate on, from 0", 0, math.inf)
-    no_relation_share: float = setting(0.6, "share of the negative label in test-like rows and in predictions", 0, 1)
+    no_relation_share: float = setting(0.0, "share of the negative label in test-like rows and in predictions; 0: 0.6 "
+                                       "for KLUE-RE's labels, for others that of the file", 0, 1)  # fmt: skip
     clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
     skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
     negative_label: str = setting("no_relation", "the label that means none of the others")
@@ -214,9 +215,9 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 # --- what is learned ---------------------------------------------------------------------------------------------
 
 
-def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row], list[str], dict]:
-    """(training rows, validation rows, rows that the predictions' share of the negative label is set on, labels,
-    version of the data), as the settings say; `say` prints what is done."""
+def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row], float, list[str], dict]:
+    """(training rows, validation rows, rows that the predictions' share of the negative label is set on, that share,
+    labels, version of the data), as the settings say; `say` prints what is done."""
     skipped = [] if settings.skip_bad_rows else None
     path = data.data_file(settings.data, "train")
     rows = data.read_rows(path, skipped)
@@ -229,15 +230,21 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row
     if settings.clean:
         rows, removed = data.clean(rows, labels[0])
         say(f"cleaning removed {len(removed)} repeated or contradicting rows")
+    usual = 0.6 if labels == data.KLUE_LABELS else sum(row.label == labels[0] for row in rows) / len(rows)
+    share = settings.no_relation_share or usual
     like = data.rows_to_predict(settings.data, skipped) if settings.test_like() else []
     if settings.valid == "none":
         valid = []
     elif settings.valid:
         valid = data.with_known_labels(data.read_rows(settings.valid, skipped), labels, skipped)
+        held_out, n = {row.sentence for row in valid}, len(rows)
+        rows = [row for row in rows if row.sentence not in held_out]
+        if len(rows) < n:
+            say(f"left out {n - len(rows)} rows whose sentences are in {settings.valid} too")
     elif settings.folds:
         rows, valid = data.fold(rows, settings.folds, settings.fold, DATA_SEED)
     elif settings.test_like():
-        rows, valid = data.split(rows, labels, 0.11, DATA_SEED, settings.no_relation_share, like)
+        rows, valid = data.split(rows, labels, 0.11, DATA_SEED, share, like)
     else:
         rows, valid = data.split(rows, labels, 0.2, DATA_SEED)
     rows = some(rows, settings.limit or len(rows))
@@ -245,7 +252,7 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row
         say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
     if not rows or (not valid and settings.valid != "none"):
         raise InputError(f"{path}: {len(rows)} rows to train on and {len(valid)} to validate on, expected some of each")
-    return rows, valid, (like or valid) if settings.test_like() else [], labels, version
+    return rows, valid, (like or valid) if settings.test_like() else [], share, labels, version
 
 
 def some(rows: list[Row], n: int) -> list[Row]:
@@ -322,7 +329,8 @@ class Relations(Task):
 
     def __init__(self, settings: Settings, machine: Machine, say):
         super().__init__(settings, machine, say)
-        rows, self.valid_rows, like_test, self.labels, version = choose_rows(settings, say)
+        rows, self.valid_rows, like_test, share, self.labels, version = choose_rows(settings, say)
+        self.settings = replace(settings, no_relation_share=share)
         self.about = {"version": version, "labels": self.labels}
         template = Template(settings.marker, settings.prompt, settings.type_names)
 
@@ -360,6 +368,8 @@ class Relations(Task):
         n, share = len(self.valid), self.settings.no_relation_share
         probs = predict(self.model, self.valid + self.like_test, self.machine, max_tokens)
         self.negative_factor = negative_factor(probs[n:], share) if self.like_test else 1.0
+        if self.like_test:
+            self.say(f"{self.labels[0]} times {self.negative_factor:.2f}, for {share:.0%} of the predictions")
         self.probs = scale_negative(probs[:n], self.negative_factor)
         return score(self.probs, self.gold) if self.valid else {}
 
@@ -742,7 +752,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
                     write_summary(folder, settings, progress, task, finished=False)
                 if saving:
                     save_progress(folder, settings, task.hash, progress, parts)
-            if stopping:
+            if stopping or (evaluating and machine.any(stop.number > 0)):  # an evaluation may take minutes
                 say(f"stopped after step {progress.step} of {steps} and saved; the same command goes on from there")
                 machine.wait_for_all()  # torchrun ends all processes when the first one has ended
                 sys.exit(128 + (stop.number or signal.SIGTERM))

@@ -81,8 +81,8 @@ def test_the_best_is_found_a_crash_costs_one_trial_and_the_top_predicts(call, qu
     assert "a crash" in (tmp_path / "runs/sweep/trial-1/log").read_text()
     assert "python train.py --head cls --lr 2 --out runs/sweep/best\n" in done.out
     assert "importance of each setting" in done.out
-    assert "python ensemble.py out/sweep-trial-2.csv out/sweep-trial-4.csv" in done.out
-    assert (tmp_path / "out/sweep-trial-4.csv").read_text() == "runs/sweep/trial-4/ckpt.pt"
+    assert "python ensemble.py out/sweep-trial-2.csv out/sweep-trial-0.csv" in done.out  # 4 is as 2
+    assert (tmp_path / "out/sweep-trial-0.csv").read_text() == "runs/sweep/trial-0/ckpt.pt"
 
     call(sweep, *arguments)  # nothing is left to do but to show the end
     assert len(study_of(tmp_path).trials) == 5

@@ -18,11 +18,13 @@ from data import InputError
 from infer import Machine
 from metrics import read_predictions
 from model import RelationModel
+from tests.conftest import SAMPLE
 from tests.test_model import DECODERS, FAMILIES, encoder_of
 from train import (
     Relations,
     Settings,
     batch_gradients,
+    choose_rows,
     learning_rate,
     make_optimizer,
     parse_settings,
@@ -138,7 +140,7 @@ def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world):
 @pytest.mark.parametrize(("amp", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.03)])
 def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, tolerance):
     """Flat parts of 300 tokens, against whole batches that are padded and go through transformers' own attention."""
-    shape = {"data": SAMPLE, "model": str(encoder_folder), "limit": 160, "valid": "none", "batch_size": 16}
+    shape = {"data": str(SAMPLE), "model": str(encoder_folder), "limit": 160, "valid": "none", "batch_size": 16}
     settings = Settings(**shape, head="cls", lr=1e-3, layer_decay=1)
     machine = Machine(torch.device("cpu"), amp)
     task, scaler = Relations(settings, machine, lambda text: None), torch.amp.GradScaler("cpu", enabled=False)
@@ -169,8 +171,6 @@ def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, to
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------
-
-SAMPLE = __file__.replace("test_train.py", "sample")
 
 
 def small(encoder_folder, out, *more):
@@ -250,6 +250,24 @@ def test_another_data_set_with_its_own_labels(run, encoder_folder, tmp_path, row
     run("ensemble.py", "out/a.csv", "--soft")
     with open(tmp_path / "submission.csv", encoding="utf-8", newline="") as file:
         assert {row["pred_label"] for row in csv.DictReader(file)} <= {"none", "직함"}
+
+    # predictions are to have as many negatives as these rows, not as KLUE-RE's test set
+    train_rows, valid, like, share, *_ = choose_rows(Settings(data=str(tmp_path / "own"), negative_label="none"), print)
+    assert share == pytest.approx(np.mean([row.label == "none" for row in train_rows + valid]))
+    assert len(like) == len(chosen)
+    assert choose_rows(Settings(data=str(SAMPLE), no_relation_share=0.4), print)[3] == 0.4
+
+
+def test_no_sentence_of_a_validation_file_is_trained_on(tmp_path, capsys):
+    lines = (SAMPLE / "train.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "valid.csv").write_text("".join(lines[:40]), encoding="utf-8")
+    settings = Settings(data=str(SAMPLE), valid=str(tmp_path / "valid.csv"))
+    found, valid, _, share, *_ = choose_rows(settings, print)
+    assert (len(valid), share) == (39, 0.6)
+    assert {row.sentence for row in found}.isdisjoint(row.sentence for row in valid)
+    assert re.search(r"left out (39|[4-9]\d) rows whose sentences are in .*valid.csv too", capsys.readouterr().out)
+    with pytest.raises(InputError, match="0 rows to train on"):
+        choose_rows(replace(settings, valid=str(SAMPLE / "train.csv")), print)
 
 
 def test_without_validation_every_row_is_trained_on_and_the_last_model_kept(call, encoder_folder, tmp_path):
