@@ -563,10 +563,11 @@ def score_sections(found: Loaded) -> list[Section]:
 def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
     """The parts of the report on two sides; the first n_a of the files are A."""
     gold, a, b = found.gold, found.runs[:n_a], found.runs[n_a:]
+    scores = [metrics.score(probs, gold, predicted) for probs, predicted in found.runs]
     each = [
         {"side": "A" if i < n_a else "B", "file": file.path}
-        | {text: metrics.score(probs, gold, predicted)[name] for name, text in metrics.SCORES.items()}
-        for i, (file, (probs, predicted)) in enumerate(zip(found.files, found.runs))
+        | {text: of_run[name] for name, text in metrics.SCORES.items()}
+        for i, (file, of_run) in enumerate(zip(found.files, scores))
     ]
     table, differences = metrics.compare(a, b, gold)
     note = "\n".join(metrics.verdict(line) for line in table)
