@@ -324,6 +324,8 @@ def main():
             if torch.cuda.is_available():
                 peak = torch.cuda.max_memory_allocated()
             print(json.dumps(result | {"peak": peak / 2**30}))
+        elif not transformers.utils.is_accelerate_available():
+            sys.exit("the Trainer needs: pip install accelerate")
         else:
             compare(arguments)
 
