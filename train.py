@@ -366,7 +366,7 @@ class Relations(Task):
     def evaluate(self, max_tokens: int) -> dict:
         """Scores on the validation rows; none where there are no such rows."""
         n, share = len(self.valid), self.settings.no_relation_share
-        probs = predict(self.model, self.valid + self.like_test, self.machine, max_tokens)
+        probs = predict(self.model, self.valid + self.like_test, self.machine, max_tokens, show=sys.stderr.isatty())
         self.negative_factor = negative_factor(probs[n:], share) if self.like_test else 1.0
         if self.like_test:
             self.say(f"{self.labels[0]} times {self.negative_factor:.2f}, for {share:.0%} of the predictions")
