@@ -263,6 +263,22 @@ def within_tokens(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> lis
 # --- attention ---------------------------------------------------------------------------------------------------
 
 
+class Softmax(torch.autograd.Function):
+    """Softmax over the last dimension for CPUs, computed in fp32: torch's own takes up to three times as long in bf16
+    where its length is no multiple of 32. The backward pass needs no fp32."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        probs = x.float().softmax(-1).to(x.dtype)
+        ctx.save_for_backward(probs)
+        return probs
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        (probs,) = ctx.saved_tensors
+        return torch._softmax_backward_data(grad, probs, -1, probs.dtype)
+
+
 def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, scaling=None, sliding_window=None, **_):
     """Attention of each sentence of a flat batch to itself; transformers' attention interface.
 
@@ -285,21 +301,22 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
         out = varlen_attn(q, k, v, flat.offsets, flat.offsets, longest, longest, scale=scaling, window_size=window)
         return out[None], None
     groups = [(length, len(list(same))) for length, same in groupby(flat.lengths)]
+    scale = scaling or query.shape[-1] ** -0.5
     # one split, not a slice a group: the backward pass of each slice would fill a tensor of all tokens
-    split = [x[0].split([length * count for length, count in groups], 1) for x in (query, key, value)]
+    split = [x[0].split([length * count for length, count in groups], 1) for x in (query * scale, key, value)]
     pieces = []
     for (length, _), *qkv in zip(groups, *split):
         q, k, v = (x.unflatten(1, (-1, length)) for x in qkv)  # (heads, sentences, length, width)
-        mask, reach, scale = None, (sliding_window or length) - 1, scaling or q.shape[-1] ** -0.5
+        mask, reach = None, (sliding_window or length) - 1
         if causal or reach < length - 1:
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
             mask = mask.triu(-reach).tril(0 if causal else reach)
         if q.is_cuda or mask is not None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1)
         else:  # on CPUs torch's fused kernel takes four times as long to train on sentences this short
-            out = ((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v
-        pieces.append(out.flatten(1, 2))
-    return torch.cat(pieces, 1).transpose(0, 1)[None], None
+            out = Softmax.apply(q @ k.transpose(-1, -2)) @ v
+        pieces.append(out.flatten(1, 2).transpose(0, 1))
+    return torch.cat(pieces)[None], None
 
 
 huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each of its tries without a network
@@ -439,6 +456,15 @@ class FlatEncoder(nn.Module):
         types = {k: zeros.masked_scatter(real, v) for k, v in types.items()}
         return self.encoder(**inputs, attention_mask=real.long(), **types).last_hidden_state[real]
 
+    def encode_only(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        """`encode(batch)[tokens]`, (N, hidden), for the flat indices of some tokens (N,). What the last layer of BERT
+        and its family does after its attention it does to each token by itself: it is left out for all others."""
+        if self.encoder.config.model_type not in ("bert", "electra", "roberta", "xlm-roberta"):
+            return self.encode(batch)[tokens]
+        after_attention = self.encoder.encoder.layer[-1].attention.output
+        with after_attention.register_forward_pre_hook(lambda _, states: tuple(x[:, tokens] for x in states)):
+            return self.encode(batch)
+
     def _inputs(self, ids: torch.Tensor, entities: torch.Tensor) -> dict:
         """Token ids (B, L), or their embeddings with those of the entities (2, B, L) added."""
         if not self.entity_embeddings:
@@ -476,17 +502,17 @@ class RelationModel(FlatEncoder):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        states = self.encode(batch)
         # the token that knows the whole sentence, and the marks that know their entity
         token, marks = batch.offsets[:-1].long(), batch.marks
         if self.is_causal:
             token, marks = batch.offsets[1:].long() - 1, batch.closings
         if self.head == "cls":
-            features = states[token]
+            features = self.encode_only(batch, token)
         elif self.head == "entity":
-            features = states[torch.cat([token[:, None], marks], 1)].flatten(1)
+            tokens = torch.cat([token[:, None], marks], 1)
+            features = self.encode_only(batch, tokens.flatten()).view(len(tokens), -1)
         else:
-            features = self._last_states(states, batch)
+            features = self._last_states(self.encode(batch), batch)
         return self.classifier(self.dropout(self.activation(self.norm(features))))
 
     def _last_states(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -531,7 +557,7 @@ class MaskedLanguageModel(FlatEncoder):
         setattr(language_model, language_model.base_model_prefix, _GivenStates())
 
     def forward(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
-        return self.head(inputs_embeds=self.encode(batch)[places][None]).logits[0]
+        return self.head(inputs_embeds=self.encode_only(batch, places)[None]).logits[0]
 
 
 class _GivenStates(nn.Module):

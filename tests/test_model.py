@@ -16,6 +16,7 @@ from model import (
     Dropout,
     Example,
     RelationModel,
+    Softmax,
     collate,
     load_checkpoint,
     load_encoder,
@@ -94,6 +95,46 @@ def test_flat_states_equal_padded_states(family, training):
     (expected * direction).sum().backward()
     found, wanted = (e.get_input_embeddings().weight.grad for e in (model.encoder, padded))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES | DECODERS)
+def test_states_of_some_tokens_equal_those_among_all(family):
+    model = RelationModel(encoder_of(family), 30)
+    batch = collate(examples_of((7, 30, 7, 13)), np.arange(4))
+    tokens = torch.tensor([40, 0, 0, 56, 3])
+    direction = torch.randn(5, 32)
+    found = []
+    for states in (model.encode_only(batch, tokens), model.encode(batch)[tokens]):
+        model.zero_grad()
+        (states * direction).sum().backward()
+        found.append([states, *(p.grad for p in model.encoder.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-r", "electra"])
+def test_the_last_layer_leaves_out_what_is_not_read(family):
+    model, seen = RelationModel(encoder_of(family), 30, "entity"), []
+    for layer in model.encoder.encoder.layer:
+        layer.intermediate.register_forward_pre_hook(lambda _, states: seen.append(states[0].shape[1]))
+    batch = collate(examples_of((7, 30)), np.arange(2))
+    model(batch)
+    model.encode(batch)
+    assert seen == [37, 37, 6, 37, 37, 37]
+
+
+@pytest.mark.parametrize("length", [32, 83])
+def test_softmax_and_its_gradient_are_torchs(length):
+    torch.manual_seed(0)
+    x, direction = 9 * torch.randn(5, length, length, dtype=torch.float64), torch.randn(5, length, length)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        given, expected = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
+        found = Softmax.apply(given)
+        (found * direction.to(dtype)).sum().backward()
+        wanted = expected.softmax(-1)
+        (wanted * direction.to(dtype).double()).sum().backward()
+        assert found.dtype == given.grad.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(given.grad.double(), expected.grad, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("typed", [False, True])
