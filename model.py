@@ -279,6 +279,7 @@ class Softmax(torch.autograd.Function):
         return torch._softmax_backward_data(grad, probs, -1, probs.dtype)
 
 
+@torch.compiler.disable  # else each new set of lengths would be compiled anew
 def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, scaling=None, sliding_window=None, **_):
     """Attention of each sentence of a flat batch to itself; transformers' attention interface.
 
@@ -386,7 +387,7 @@ class Dropout(nn.Dropout):
     into four. The probability is met to 1/65536."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda or not self.training or self.p == 0:
+        if x.is_cuda or not self.training or self.p == 0 or torch.compiler.is_compiling():
             return super().forward(x)
         random = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4)).view(np.int16)
         kept = torch.from_numpy(random)[: x.numel()].view(x.shape).ge_(round(self.p * 65536) - 32768)
@@ -439,6 +440,14 @@ class FlatEncoder(nn.Module):
         self.entity_embeddings = nn.ModuleList(nn.Embedding(n, width) for n in tables[entity_embedding])
         for table in self.entity_embeddings:
             nn.init.zeros_(table.weight)
+
+    def compile_layers(self):
+        """Has torch.compile fuse what the layers do around their attention, at once for any number of tokens. The last
+        one, which `encode_only` cuts short, stays as it is."""
+        depth = self.encoder.config.num_hidden_layers
+        lists = (module for module in self.encoder.modules() if isinstance(module, nn.ModuleList))
+        for layer in next(layers for layers in lists if len(layers) == depth)[:-1]:
+            layer.compile(dynamic=True)
 
     def encode(self, batch: Batch) -> torch.Tensor:
         """The last hidden states of the encoder, (T, hidden)."""

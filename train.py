@@ -129,6 +129,7 @@ class Settings:
     # the run
     amp: str = setting("auto", "precision; auto: half where the device is good at it", "auto", "off", "bf16", "fp16")
     max_tokens: int = setting(16384, "tokens at a time on a device; a larger batch is done in parts", 1, math.inf)
+    compile: bool = setting(False, "torch.compile of the encoder's layers; for GPUs, on CPUs it is slower")
     eval_every: int = setting(0, "steps between evaluations; 0: at the end of each epoch", 0, math.inf)
     best_metric: str = setting("micro_f1", "which score decides what ckpt.pt holds", "micro_f1", "auprc")
     patience: int = setting(0, "stop after this many evaluations without a better score; 0: never", 0, math.inf)
@@ -177,8 +178,8 @@ class Settings:
 
 
 # settings that a run may change when it goes on: they do not say what is optimised
-NOT_OPTIMISATION = ("preset", "seeds", "max_tokens", "eval_every", "save_every", "out", "resume", "fresh", "demo",
-                    "deterministic")  # fmt: skip
+NOT_OPTIMISATION = ("preset", "seeds", "max_tokens", "compile", "eval_every", "save_every", "out", "resume", "fresh",
+                    "demo", "deterministic")  # fmt: skip
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
         "batch_size": 32, "epochs": 8, "lr": 1e-3, "layer_decay": 1.0}  # fmt: skip
 
@@ -312,6 +313,8 @@ class Task:
         lower = "in all layers" if decay == 1 else f"at the top, {decay} times that from each layer to the one below"
         self.say(f"learning rate {rate} {lower}")
         self.model = model.to(self.machine.device)
+        if self.settings.compile:
+            self.model.compile_layers()
 
     def log(self, writer: SummaryWriter, step: int):
         """Shows TensorBoard what the last evaluation has found beside its scores."""

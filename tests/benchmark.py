@@ -3,6 +3,7 @@
     pip install accelerate                                             # which the Trainer needs
     KLUE_RE=data python tests/benchmark.py --model path/to/encoder     # without KLUE_RE: on the sample
     python tests/benchmark.py --model roberta-large-shape              # 24 layers of 1024, random weights
+    python tests/benchmark.py --model path/to/encoder --compile        # with turns of ours under --compile too
     python tests/benchmark.py --model path/to/encoder --profile        # one of our steps, by kind of work
     python tests/benchmark.py --model path/to/encoder --start          # seconds from the start to the first step
 
@@ -51,11 +52,12 @@ def make_encoder(shape: str, folder: str):
     transformers.RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
 
 
-def relations(arguments, machine: Machine) -> Relations:
+def relations(arguments, machine: Machine, compile=False) -> Relations:
     """The rows as train.py takes them, with our model."""
     settings = Settings(
         data=DATA, split="stratified", limit=arguments.rows, valid="none", max_length=180, model=arguments.model,
         head=arguments.head, prompt="s_and_o", type_names="en", batch_size=arguments.batch_size, lr=1e-4,
+        compile=compile,
     )  # fmt: skip
     return Relations(settings, machine, lambda text: print(text, file=sys.stderr))
 
@@ -86,10 +88,10 @@ def products(arguments) -> dict:
     return {"flops": best}
 
 
-def ours(arguments) -> dict:
+def ours(arguments, compile=False) -> dict:
     """train.py's step and infer.py's prediction."""
     with running("auto") as machine:
-        task = relations(arguments, machine)
+        task = relations(arguments, machine, compile)
         settings = task.settings
         optimizer = make_optimizer(task.model, settings)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
@@ -104,7 +106,9 @@ def ours(arguments) -> dict:
 
         batches = training_batches(task.lengths, settings.batch_size, seed=0, epoch=0)
         longest = sorted(batches, key=lambda rows: -task.lengths[rows].sum())[:WARM_UP]  # as Trainer's first ones are
+        start = time.perf_counter()
         steps(longest)
+        warm_up = time.perf_counter() - start
         if arguments.profile:
             return profile(lambda: steps(longest))
         start = time.perf_counter()
@@ -114,7 +118,8 @@ def ours(arguments) -> dict:
         start = time.perf_counter()
         predict(task.model, task.examples, machine)
         predicted = time.perf_counter() - start
-        return {"train": train, "predict": predicted, "flops": flops(task), "tokens": int(task.lengths.sum())}
+        counts = {"flops": flops(task), "tokens": int(task.lengths.sum())}
+        return {"train": train, "predict": predicted, "warm_up": warm_up, **counts}
 
 
 def flops(task: Relations) -> float:
@@ -177,6 +182,7 @@ def trainer(arguments, padded: bool) -> dict:
 CONTENDERS = {
     "products": products,
     "ours": ours,
+    "compiled": lambda arguments: ours(arguments, compile=True),
     "best": lambda arguments: trainer(arguments, padded=False),
     "padded": lambda arguments: trainer(arguments, padded=True),
 }
@@ -227,9 +233,9 @@ def compare(arguments):
     n = min(
         max(int(pilot * arguments.seconds) // size, 8) * size, len(read_rows(Path(DATA) / "train.csv")) // size * size
     )
-    results = {name: [] for name in CONTENDERS}
+    results = {name: [] for name in CONTENDERS if arguments.compile or name != "compiled"}
     for number in range(arguments.rounds):
-        for name in list(CONTENDERS)[:: 1 if number % 2 == 0 else -1]:
+        for name in list(results)[:: 1 if number % 2 == 0 else -1]:
             results[name].append(turn(name, arguments, n))
             print(f"round {number + 1}: {name}: {json.dumps(results[name][-1])}", file=sys.stderr, flush=True)
 
@@ -241,7 +247,7 @@ def compare(arguments):
 
     rates = {
         (name, what): np.array([r.get("rows", n) / r[what] for r in results[name]])
-        for name in ("ours", "best", "padded") for what in ("train", "predict") if what in results[name][0]
+        for name in results for what in ("train", "predict") if what in results[name][0]
     }  # fmt: skip
     print(f"\n{n} rows, mean {mean:.0f} tokens, batch {size}, --head {arguments.head}, ", end="")
     print(f"bf16 product {rate / 1e9:.0f} GFLOP/s at its best, {arguments.rounds} rounds: median (least to most)\n")
@@ -249,19 +255,24 @@ def compare(arguments):
     print("|---|---|---|---|---|---|")
     titles = {
         ("ours", "train"): "training, this project",
+        ("compiled", "train"): "training, this project with `--compile`",
         ("best", "train"): "training, `Trainer` at its best",
         ("padded", "train"): "training, `Trainer`, padded to the longest, fp32",
         ("ours", "predict"): "prediction, this project",
+        ("compiled", "predict"): "prediction, this project with `--compile`",
         ("best", "predict"): "prediction, `Trainer` at its best",
     }
     done = np.array([r["flops"] for r in results["ours"]])
-    for (name, what), title in titles.items():
+    for (name, what), title in ((key, title) for key, title in titles.items() if key in rates):
         speed = rates[name, what]
         operations = done / n * (1 if what == "train" else 1 / 3)
         share = spread(100 * speed * operations / rate, ".0f", " %")
         memory = spread([r["peak"] for r in results[name]], ".1f", " GiB") if what == "train" else ""
         ratio = "" if name == "ours" else spread(rates["ours", what] / speed, ".2f")
         print(f"| {title} | {spread(speed)} | {np.median(speed) * mean:.0f} | {share} | {memory} | {ratio} |")
+    if arguments.compile:
+        plain, compiled = (spread([r["warm_up"] for r in results[name]], ".0f", " s") for name in ("ours", "compiled"))
+        print(f"\nthe {WARM_UP} steps to warm up took {plain}, with `--compile` {compiled}")
 
 
 # train.py, until its first step is about to begin
@@ -303,6 +314,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (3)")
     parser.add_argument("--batch-size", type=int, default=32, help="sentences a step (32)")
     parser.add_argument("--head", default="cls", help="of our model; the Trainer's reads the first token (cls)")
+    parser.add_argument("--compile", action="store_true", help="turns of ours under train.py's --compile too")
     parser.add_argument("--profile", action="store_true", help="one of our steps by kind of work instead")
     parser.add_argument("--start", action="store_true", help="seconds from the start to the first step instead")
     parser.add_argument("--turn", choices=CONTENDERS, help=argparse.SUPPRESS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from sklearn.metrics import log_loss
+from torch._dynamo.backends.debugging import aot_eager
 
 from data import InputError
 from infer import Machine, negative_factor, predict, scale_negative
@@ -120,6 +121,38 @@ def test_the_last_layer_leaves_out_what_is_not_read(family):
     model(batch)
     model.encode(batch)
     assert seen == [37, 37, 6, 37, 37, 37]
+
+
+@pytest.mark.parametrize("family", FAMILIES | DECODERS)
+def test_compiled_layers_compute_what_they_did(family, monkeypatch):
+    """With torch.compile's graphs, but not its code for them, which takes a compiler."""
+    graphs, compiled, compile = [], [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    def compile_layer(layer, **how):
+        compiled.append(layer)
+        compile(layer, backend=backend, **how)
+
+    torch.compiler.reset()
+    model = RelationModel(encoder_of(family), 30, "entity")
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
+    model.compile_layers()
+    assert len(compiled) == 2
+    n_graphs = []
+    for lengths in ((7, 30, 7, 13), (9, 9), (8, 31, 12, 12, 25)):
+        batch = collate(examples_of(lengths), np.arange(len(lengths)))
+        found, expected = model(batch), plain(batch)
+        found.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        n_graphs.append(len(graphs))
+    for found, expected in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-4)
+    assert n_graphs[0] == n_graphs[2] > 0  # other lengths are not compiled anew
 
 
 @pytest.mark.parametrize("length", [32, 83])

@@ -33,6 +33,8 @@ from train import (
     update_weights,
 )
 
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
+
 
 def test_settings_come_from_the_command_line():
     settings = parse_settings(["--head", "bilstm", "--no-clean", "--lr", "1e-4", "--gelu"])
@@ -137,11 +139,14 @@ def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world):
     assert all(len(parts) >= 1 for parts, _ in shares)
 
 
-@pytest.mark.parametrize(("amp", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.03)])
-def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, tolerance):
+@pytest.mark.parametrize(
+    ("amp", "compile", "tolerance"),
+    [(None, False, 1e-4), (torch.bfloat16, False, 0.03), pytest.param(None, True, 1e-4, marks=needs_compiler)],
+)
+def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, compile, tolerance):
     """Flat parts of 300 tokens, against whole batches that are padded and go through transformers' own attention."""
     shape = {"data": str(SAMPLE), "model": str(encoder_folder), "limit": 160, "valid": "none", "batch_size": 16}
-    settings = Settings(**shape, head="cls", lr=1e-3, layer_decay=1)
+    settings = Settings(**shape, head="cls", lr=1e-3, layer_decay=1, compile=compile)
     machine = Machine(torch.device("cpu"), amp)
     task, scaler = Relations(settings, machine, lambda text: None), torch.amp.GradScaler("cpu", enabled=False)
     padded = copy.deepcopy(task.model)
