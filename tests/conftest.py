@@ -14,6 +14,8 @@ SAMPLE = ROOT / "tests" / "sample"
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time
+if "RE_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only tests/test_gpu.py is about GPUs
 
 from data import Template, read_rows  # noqa: E402
 from tests.sample.tiny_encoder import make_tiny_encoder  # noqa: E402
