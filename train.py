@@ -208,7 +208,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     if settings.demo:
         if settings.model != Settings.model:
             raise InputError(f"--model {settings.model}: --demo makes an encoder of its own")
-        settings.model = str(settings.folder() / "encoder")
+        settings.model = str(settings.folder() / "tiny_encoder")
     settings.check()
     return settings
 

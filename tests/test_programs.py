@@ -78,7 +78,7 @@ def test_demo_then_infer_then_ensemble(run, tmp_path):
 def test_the_demo_is_the_same_in_each_process_its_tokenizer_too(run, tmp_path):
     for name in ("a", "b"):
         run("train.py", "--demo", "--epochs", "1", "--out", name)
-    for file in ("encoder/tokenizer.json", "encoder/model.safetensors", "valid.csv"):
+    for file in ("tiny_encoder/tokenizer.json", "tiny_encoder/model.safetensors", "valid.csv"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 

@@ -145,3 +145,11 @@ def test_processes_and_parts_do_not_change_what_is_learned(call, run, encoder_fo
     for name, value in one["weights"].items():
         torch.testing.assert_close(value, two["weights"][name], rtol=0, atol=5e-4)
     assert one["progress"]["best"]["loss"] == pytest.approx(two["progress"]["best"]["loss"], abs=1e-3)
+
+
+def test_a_demo_leaves_the_encoder_that_it_has_trained_as_it_is(call, tmp_path):
+    weights = []
+    for _ in range(2):  # the second time it has been to its end
+        call(train, *"--demo --objective mlm --epochs 1 --limit 200 --out demo".split())
+        weights.append((tmp_path / "demo" / "encoder" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]

@@ -42,7 +42,7 @@ def test_settings_come_from_the_command_line():
     assert settings.folder().as_posix() == "runs/roberta-large-bilstm-no_clean-gelu-lr=0.0001"
     assert parse_settings([]).folder().as_posix() == "runs/roberta-large-entity"
     demo = parse_settings(["--demo", "--head", "bigru"])
-    assert (demo.out, demo.head, demo.model) == ("runs/demo", "bigru", "runs/demo/encoder")
+    assert (demo.out, demo.head, demo.model) == ("runs/demo", "bigru", "runs/demo/tiny_encoder")
 
 
 def test_a_preset_sets_what_the_report_had_and_options_come_on_top():
