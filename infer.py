@@ -44,7 +44,7 @@ from data import (
     with_known_labels,
 )
 from metrics import describe, score, write_predictions
-from model import Example, RelationModel, collate, encode, load_checkpoint, restore, within_tokens
+from model import Example, RelationModel, collate, encode, load_checkpoint, restore, to_device, within_tokens
 
 # --- where it runs -----------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ def predict(model: RelationModel, examples: list[Example], machine: Machine, max
         batch = collate(examples, rows).to(machine.device)
         with machine.autocast():
             logits = model(batch)
-        probs[torch.from_numpy(batch.rows).to(machine.device)] = logits.double().softmax(1)
+        probs[to_device(torch.from_numpy(batch.rows), machine.device)] = logits.double().softmax(1)
     probs = machine.sum(probs).cpu().numpy()
     if not np.isfinite(probs).all():
         n_bad = (~np.isfinite(probs)).any(1).sum()

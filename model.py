@@ -34,7 +34,6 @@ from tokenizers import AddedToken
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutput
 
 from data import PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic_write, first_line
@@ -220,12 +219,14 @@ class Batch:
     rows: np.ndarray  # (B,) which of the examples each sentence is
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; to a GPU by way of pinned memory, so that the copy does not hold up the program."""
-        if device.type == "cpu":
-            return self
-        names = [f.name for f in fields(self) if f.type is torch.Tensor]
-        moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names}
-        return replace(self, **moved)
+        """The batch on `device`."""
+        tensors = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if f.type is torch.Tensor}
+        return replace(self, **tensors)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; to a GPU by way of pinned memory, so that the copy does not hold up the program."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(examples: list[Example], rows: np.ndarray) -> Batch:
@@ -292,7 +293,8 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
     causal, shared = getattr(module, "is_causal", False), query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
-    if query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0):
+    fits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    if fits and torch.cuda.get_device_capability(query.device) >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn  # needs a GPU build of torch
 
         window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
@@ -321,8 +323,7 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
 
 
 huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each of its tries without a network
-AttentionInterface.register("flat", flat_attention)
-AttentionMaskInterface.register("flat", lambda *args, **kwargs: None)  # else a mask of T x T is built
+AttentionInterface.register("flat", flat_attention)  # and no kind of mask with it: then transformers builds none
 
 
 # --- the model ---------------------------------------------------------------------------------------------------
@@ -444,6 +445,7 @@ class FlatEncoder(nn.Module):
     def compile_layers(self):
         """Has torch.compile fuse what the layers do around their attention, at once for any number of tokens. The last
         one, which `encode_only` cuts short, stays as it is."""
+        torch._dynamo.config.optimize_ddp = False  # it would cut graphs for the exchange of gradients within a layer
         depth = self.encoder.config.num_hidden_layers
         lists = (module for module in self.encoder.modules() if isinstance(module, nn.ModuleList))
         for layer in next(layers for layers in lists if len(layers) == depth)[:-1]:
@@ -463,7 +465,9 @@ class FlatEncoder(nn.Module):
         entities = torch.stack([zeros.masked_scatter(real, x) for x in batch.entities])
         inputs = self._inputs(padding.masked_scatter(real, batch.ids), entities)
         types = {k: zeros.masked_scatter(real, v) for k, v in types.items()}
-        return self.encoder(**inputs, attention_mask=real.long(), **types).last_hidden_state[real]
+        states = self.encoder(**inputs, attention_mask=real.long(), **types).last_hidden_state
+        sentences = torch.arange(len(real), device=real.device)  # not states[real], for which a GPU is waited for
+        return states[sentences.repeat_interleave(batch.offsets.diff(), output_size=len(batch.ids)), batch.positions]
 
     def encode_only(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         """`encode(batch)[tokens]`, (N, hidden), for the flat indices of some tokens (N,). What the last layer of BERT

@@ -55,6 +55,7 @@ from model import (
     save_checkpoint,
     save_encoder,
     save_tensors,
+    to_device,
     within_tokens,
 )
 from tests.sample.tiny_encoder import make_tiny_encoder
@@ -438,7 +439,7 @@ class MaskedTokens(Task):
 
     def loss_of(self, model, examples, words, rows, key: list[int]) -> torch.Tensor:
         batch, *masked = collate_masked(examples, words, rows, key, self.tokenizer)
-        places, true = (tokens.to(self.machine.device) for tokens in masked)
+        places, true = (to_device(tokens, self.machine.device) for tokens in masked)
         with self.machine.autocast():
             logits = model(batch.to(self.machine.device), places)
         return torch.nn.functional.cross_entropy(logits.float(), true, reduction="sum")
@@ -795,7 +796,7 @@ def main():
     transformers.logging.set_verbosity_error()  # else it warns of the heads in the files that we leave unread
     transformers.logging.disable_progress_bar()
     if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # cuBLAS and cuDNN read it when they start
         torch.use_deterministic_algorithms(True)
     with running(settings.amp) as machine:
         stop = StopSignal()
