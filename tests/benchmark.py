@@ -192,23 +192,25 @@ def profile(steps) -> dict:
     """Prints where the time of a few steps goes, by kind of work."""
     kinds = {
         "matrix products": ("mm", "linear", "lstm", "gru"), "attention": ("bmm", "softmax", "attn", "flash"),
-        "dropout": ("random", "dropout", "ge", "native_dropout"), "norm": ("layer_norm",), "gelu": ("gelu",),
+        "dropout": ("random", "dropout", "ge_"), "norm": ("layer_norm",), "gelu": ("gelu",),
         "optimiser": ("adamw", "foreach", "norm"), "casts and copies": ("copy", "cat", "to"),
     }  # fmt: skip
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    activities, cuda = [torch.profiler.ProfilerActivity.CPU], torch.cuda.is_available()
+    if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiled:
         steps()
         synchronize()
     spent = Counter()
     for event in profiled.key_averages():
-        us = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # kernels, whose time the operations that start them have too
+        us = event.self_device_time_total if cuda else event.self_cpu_time_total
         names = [kind for kind, words in kinds.items() if any(word in event.key.lower() for word in words)]
         spent[names[0] if names else "other"] += us
     for kind, us in spent.most_common():
         print(f"{kind:20}{100 * us / spent.total():5.1f} %{us / 1e6 / WARM_UP:8.3f} s a step")
-    column = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    column = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     print(profiled.key_averages().table(sort_by=column, row_limit=25, max_name_column_width=60))
     return {}
 
@@ -322,7 +324,10 @@ def main():
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif arguments.device == "cuda" and not torch.cuda.is_available():
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several GPUs the Trainer would take all
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        sys.exit("what is compared is bf16, which GPUs compute in from the A100 on; --device cpu")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: there is no GPU")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
