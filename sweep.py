@@ -113,8 +113,8 @@ def next_trial(study: optuna.Study, folder: Path, n_trials: int):
     return trial, lock
 
 
-def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: list[str]):
-    """Runs train.py to its end, or till it lags behind, and tells the study what came of it."""
+def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: list[str]) -> int:
+    """Runs train.py to its end, or till it lags behind, and tells the study what came of it; returns its exit code."""
     with open(folder / "log", "a") as log:
         training = subprocess.Popen(
             command, stdout=log, stderr=log, pass_fds=[lock.fileno()], preexec_fn=end_with_parent
@@ -137,6 +137,7 @@ def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: li
         study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
     for name in PROGRESS_FILES:  # three times the model's size, and nothing goes on from them
         (folder / name).unlink(missing_ok=True)
+    return training.returncode
 
 
 def end_with_parent():
@@ -224,16 +225,19 @@ def main():
         print(f"{path}: {shlex.join(as_arguments(params))}", flush=True)
         command = [sys.executable, str(HERE / "train.py"), *arguments.arguments, *as_arguments(params)]
         with lock:
-            run_trial(study, trial, lock, path, [*command, "--out", str(path)])
+            code = run_trial(study, trial, lock, path, [*command, "--out", str(path)])
         ended = study.get_trials(deepcopy=False)[trial.number]
         result = f"{ended.value:.2f}" if ended.state == TrialState.COMPLETE else ended.state.name.lower()
         if ended.state == TrialState.FAIL:
-            result += f": {(read_text(path / 'log').splitlines() or [''])[-1]}"
+            why = (read_text(path / "log").splitlines() or [""])[-1]
+            if code == 2 and trial.number == 0:  # bad input that all trials would have
+                raise InputError(f"{path}: {why}; the same command goes on when that is mended")
+            result += f": {why}"
         print(f"{path}: {result}", flush=True)
 
     best = best_first(study)
     if not best:
-        raise InputError(f"{folder}: no trial has come to its end; see {folder}/trial-*/log, and name another --out")
+        raise InputError(f"{folder}: no trial has come to its end, see {folder}/trial-*/log; raise --trials")
     show(study, space, folder, arguments.arguments)
     written, params = [], [trial.params for trial in best]
     different = [trial for i, trial in enumerate(best) if trial.params not in params[:i]]  # small spaces repeat some

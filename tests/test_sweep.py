@@ -20,6 +20,9 @@ given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 lr, folder = float(given["--lr"]), given["--out"]
 if lr == 13:
     sys.exit("a crash")
+if lr == 14:
+    print("no train.csv", file=sys.stderr)
+    sys.exit(2)
 for number in range(1, 4):
     scores = [{"micro_f1": lr * n, "step": n} for n in range(1, number + 1)]
     summary = {"evaluations": scores, "best": scores[-1], "settings": {"best_metric": "micro_f1"}}
@@ -88,6 +91,16 @@ def test_the_best_is_found_a_crash_costs_one_trial_and_the_top_predicts(call, qu
     assert len(study_of(tmp_path).trials) == 5
     refused = call(sweep, *arguments[:-1], "bilstm", code=2).err
     assert "another space or other arguments" in refused
+
+
+def test_bad_input_of_the_first_trial_ends_the_sweep_which_goes_on_when_it_is_mended(call, quick, propose, tmp_path):
+    propose(14, 1, 14)
+    arguments = ["--trials", "3", *quick(lr=[1, 14])]
+    refused = call(sweep, *arguments, code=2).err
+    assert refused.strip().endswith("trial-0: no train.csv; the same command goes on when that is mended")
+    assert len(study_of(tmp_path).trials) == 1
+    call(sweep, *arguments)  # one that others do not have costs a trial
+    assert [t.state.name for t in study_of(tmp_path).trials] == ["FAIL", "COMPLETE", "FAIL"]
 
 
 def test_what_lags_behind_is_stopped(call, quick, propose, tmp_path):
