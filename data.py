@@ -343,7 +343,8 @@ def find_labels(rows: list[Row], negative: str = "no_relation") -> list[str]:
     if negative == KLUE_LABELS[0] and 2 * len(found & set(KLUE_LABELS)) >= len(found):
         return list(KLUE_LABELS)
     if all(row.label != negative for row in rows):
-        raise InputError(f"--negative-label {negative}: found {_short(sorted(found))}, expected it among the labels")
+        expected = f"the label that means none of the others, one of {', '.join(sorted(found)[:40])}"
+        raise InputError(f"--negative-label {negative}: no row has it, expected {expected}")
     return [negative, *sorted(found)]
 
 
@@ -351,7 +352,8 @@ def with_known_labels(rows: list[Row], labels: list[str], skipped: list[str] | N
     """The rows, once it is sure that each has one of `labels`; wrong ones as in `read_rows`."""
     bad = [row for row in rows if row.label not in labels]
     expected = f"one of {len(labels)} labels such as {', '.join(labels[:2])}"
-    wrong = [f"{row.where}: label: found {_short(row.label)}, expected {expected}" for row in bad]
+    found = ["none (no such column, or 100)" if row.label is None else _short(row.label) for row in bad]
+    wrong = [f"{row.where}: label: found {label}, expected {expected}" for row, label in zip(bad, found)]
     if wrong and skipped is None:
         raise InputError(wrong[0])
     if wrong:

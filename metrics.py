@@ -81,10 +81,12 @@ def check_alike(files: list[Predictions]):
         missing, extra = set(base.ids) - set(other.ids), set(other.ids) - set(base.ids)
         if missing:
             example = next(id for id in base.ids if id in missing)
-            raise InputError(f"{other.path}: {len(missing)} rows of {base.path} are missing, such as id {example!r}")
+            text = f"{len(missing)} rows of {base.path} are missing, such as id {example!r}"
+            raise InputError(f"{other.path}: {text}; name files of the same rows")
         if extra:
             example = next(id for id in other.ids if id in extra)
-            raise InputError(f"{other.path}: {len(extra)} rows are not in {base.path}, such as id {example!r}")
+            text = f"{len(extra)} rows are not in {base.path}, such as id {example!r}"
+            raise InputError(f"{other.path}: {text}; name files of the same rows")
         if other.ids != base.ids:
             i = next(i for i, pair in enumerate(zip(base.ids, other.ids)) if pair[0] != pair[1])
             where = f"{other.path}:{other.lines[i]}"

@@ -370,6 +370,8 @@ def _load(kind, name: str, **options):
         # the hub's names have one slash at most, and none in front
         is_missing = (name.count("/") > 1 or name[:1] in "/.") and not Path(name).exists()
         found = "no such folder" if is_missing else first_line(error)
+        if kind is AutoTokenizer and Path(name).is_dir() and not (Path(name) / "tokenizer.json").exists():
+            found = "no tokenizer.json in it"  # transformers' first line names nothing
         text = "expected an encoder's folder or a name on the Hugging Face hub"
         raise InputError(f"--model {name}: {text}: {found}") from error
 

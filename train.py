@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -157,12 +158,15 @@ class Settings:
             raise InputError("--folds is for relations; with --objective mlm a tenth of the sentences is held out")
         if self.patience and self.valid == "none":
             raise InputError("--patience waits for better scores, and with --valid none there are none")
+        if self.compile and not shutil.which(os.environ.get("CXX", "g++")):
+            raise InputError("--compile needs a C++ compiler: found no g++")
         if self.resume and self.fresh:
             raise InputError("--resume and --fresh contradict each other")
 
     def name(self) -> str:
         """The run's name: encoder and head, and every setting that is not at its default."""
-        parts = [Path(self.model).name, self.head]
+        model = Path(self.model)
+        parts = [model.parent.name if model.name == "encoder" else model.name, self.head]  # runs/tapt/encoder
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default and f.name not in ("model", "head", *NOT_OPTIMISATION):
@@ -195,7 +199,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line (sys.argv by default)."""
-    parser = data.Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = data.Parser("train.py", description=__doc__, formatter_class=Help, allow_abbrev=False)
     for f in fields(Settings):
         how = {"type": f.type, "choices": f.metadata["allowed"] or None} if f.type is str else {"type": f.type}
         if f.metadata["bare"]:
@@ -315,6 +319,7 @@ class Task:
         self.say(f"learning rate {rate} {lower}")
         self.model = model.to(self.machine.device)
         if self.settings.compile:
+            self.say("the encoder's layers are compiled at the first steps, which may take a minute")
             self.model.compile_layers()
 
     def log(self, writer: SummaryWriter, step: int):
@@ -373,7 +378,8 @@ class Relations(Task):
         probs = predict(self.model, self.valid + self.like_test, self.machine, max_tokens, show=sys.stderr.isatty())
         self.negative_factor = negative_factor(probs[n:], share) if self.like_test else 1.0
         if self.like_test:
-            self.say(f"{self.labels[0]} times {self.negative_factor:.2f}, for {share:.0%} of the predictions")
+            factor = f"its probability times {self.negative_factor:.2f}"
+            self.say(f"{self.labels[0]}: {factor}, so that {share:.0%} of the predictions are it")
         self.probs = scale_negative(probs[:n], self.negative_factor)
         return score(self.probs, self.gold) if self.valid else {}
 

@@ -412,8 +412,12 @@ def test_labels_of_the_competition_and_of_another_data_set(rows):
     assert len(set(KLUE_LABELS)) == 30
     own = [row("김은 이를 만났다", "김", "이", label) for label in ("knows", "none", "likes")]
     assert find_labels(own, "none") == ["none", "knows", "likes"]
-    with pytest.raises(InputError, match="--negative-label nome"):
+    with pytest.raises(
+        InputError, match=r"--negative-label nome: no row has it, expected .* one of knows, likes, none"
+    ):
         find_labels(own, "nome")
+    with pytest.raises(InputError, match=r"label: found none \(no such column, or 100\), expected one of"):
+        with_known_labels([own[0]._replace(label=None)], KLUE_LABELS)
     typo = [*rows[:9], rows[9]._replace(label="per:titel")]
     with pytest.raises(InputError, match=r"label: found 'per:titel', expected one of 30 labels"):
         with_known_labels(typo, find_labels(typo))

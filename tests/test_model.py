@@ -281,6 +281,8 @@ def test_an_absent_encoder_is_one_line(tmp_path):
         with pytest.raises(InputError, match=r"--model .*absent: .*: no such folder") as raised:
             load(str(tmp_path / "absent"))
         assert "\n" not in str(raised.value)
+    with pytest.raises(InputError, match=r"no tokenizer.json in it$"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def test_settings_come_from_the_command_line():
     assert settings == Settings(head="bilstm", clean=False, lr=1e-4, gelu=True)
     assert settings.folder().as_posix() == "runs/roberta-large-bilstm-no_clean-gelu-lr=0.0001"
     assert parse_settings([]).folder().as_posix() == "runs/roberta-large-entity"
+    assert parse_settings(["--model", "runs/tapt/encoder"]).folder().as_posix() == "runs/tapt-entity"
     demo = parse_settings(["--demo", "--head", "bigru"])
     assert (demo.out, demo.head, demo.model) == ("runs/demo", "bigru", "runs/demo/tiny_encoder")
 
@@ -74,6 +75,12 @@ def test_a_preset_sets_what_the_report_had_and_options_come_on_top():
 def test_impossible_settings_are_an_error(arguments):
     with pytest.raises(InputError, match="--"):
         parse_settings(arguments.split())
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.setenv("CXX", "absent")
+    with pytest.raises(InputError, match="--compile needs a C"):
+        parse_settings(["--compile"])
 
 
 @pytest.mark.parametrize("arguments", ["--head mlp", "--unknown 1", "--epochs x"])
