@@ -158,7 +158,7 @@ class Settings:
             raise InputError("--folds is for relations; with --objective mlm a tenth of the sentences is held out")
         if self.patience and self.valid == "none":
             raise InputError("--patience waits for better scores, and with --valid none there are none")
-        if self.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        if self.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
             raise InputError("--compile needs a C++ compiler: found no g++")
         if self.resume and self.fresh:
             raise InputError("--resume and --fresh contradict each other")
@@ -166,7 +166,8 @@ class Settings:
     def name(self) -> str:
         """The run's name: encoder and head, and every setting that is not at its default."""
         model = Path(self.model)
-        parts = [model.parent.name if model.name == "encoder" else model.name, self.head]  # runs/tapt/encoder
+        name = model.parent.name if model.name == "encoder" else ""  # as of runs/tapt/encoder
+        parts = [name or model.name, self.head]
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default and f.name not in ("model", "head", *NOT_OPTIMISATION):

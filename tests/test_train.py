@@ -42,6 +42,7 @@ def test_settings_come_from_the_command_line():
     assert settings.folder().as_posix() == "runs/roberta-large-bilstm-no_clean-gelu-lr=0.0001"
     assert parse_settings([]).folder().as_posix() == "runs/roberta-large-entity"
     assert parse_settings(["--model", "runs/tapt/encoder"]).folder().as_posix() == "runs/tapt-entity"
+    assert parse_settings(["--model", "encoder"]).folder().as_posix() == "runs/encoder-entity"
     demo = parse_settings(["--demo", "--head", "bigru"])
     assert (demo.out, demo.head, demo.model) == ("runs/demo", "bigru", "runs/demo/tiny_encoder")
 
