@@ -21,6 +21,7 @@ Formats: the CSV of the Boostcamp competition, KLUE's JSON, JSON lines; UTF-8 wi
 import argparse
 import ast
 import csv
+import difflib
 import functools
 import io
 import json
@@ -84,7 +85,10 @@ class Parser(argparse.ArgumentParser):
     """A command line whose errors are bad input like any other: one line, exit code 2."""
 
     def error(self, message: str):
-        raise InputError(f"{message}; {self.prog} -h lists all options")
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"{message}; {hint}{self.prog} -h lists all options")
 
 
 @contextmanager

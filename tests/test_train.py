@@ -90,6 +90,11 @@ def test_unknown_settings_are_an_error(arguments):
         parse_settings(arguments.split())
 
 
+def test_a_misspelled_setting_is_told_its_name():
+    with pytest.raises(InputError, match=r"^unrecognized arguments: --batch_size 8; did you mean --batch-size\? train"):
+        parse_settings(["--batch_size", "8"])
+
+
 def test_batches_are_a_pure_function_of_seed_and_epoch_and_alike_in_length():
     lengths = np.random.default_rng(0).integers(20, 200, 1003)
     batches = training_batches(lengths, 16, seed=1, epoch=0)
