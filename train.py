@@ -158,8 +158,9 @@ class Settings:
             raise InputError("--folds is for relations; with --objective mlm a tenth of the sentences is held out")
         if self.patience and self.valid == "none":
             raise InputError("--patience waits for better scores, and with --valid none there are none")
-        if self.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
-            raise InputError("--compile needs a C++ compiler: found no g++")
+        compiler = (os.environ.get("CXX") or "g++").split()[0]
+        if self.compile and not shutil.which(compiler):
+            raise InputError(f"--compile needs a C++ compiler: found no {compiler}")
         if self.resume and self.fresh:
             raise InputError("--resume and --fresh contradict each other")
 
