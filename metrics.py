@@ -76,17 +76,17 @@ def read_predictions(path: str) -> Predictions:
 
 def check_alike(files: list[Predictions]):
     """Raises InputError unless all have the same ids in the same order and as many classes."""
-    base = files[0]
+    base, hint = files[0], "name files of the same rows"
     for other in files[1:]:
         missing, extra = set(base.ids) - set(other.ids), set(other.ids) - set(base.ids)
         if missing:
             example = next(id for id in base.ids if id in missing)
-            text = f"{len(missing)} rows of {base.path} are missing, such as id {example!r}"
-            raise InputError(f"{other.path}: {text}; name files of the same rows")
+            raise InputError(
+                f"{other.path}: {len(missing)} rows of {base.path} are missing, such as id {example!r}; {hint}"
+            )
         if extra:
             example = next(id for id in other.ids if id in extra)
-            text = f"{len(extra)} rows are not in {base.path}, such as id {example!r}"
-            raise InputError(f"{other.path}: {text}; name files of the same rows")
+            raise InputError(f"{other.path}: {len(extra)} rows are not in {base.path}, such as id {example!r}; {hint}")
         if other.ids != base.ids:
             i = next(i for i, pair in enumerate(zip(base.ids, other.ids)) if pair[0] != pair[1])
             where = f"{other.path}:{other.lines[i]}"

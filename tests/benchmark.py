@@ -265,7 +265,9 @@ def compare(arguments):
         ("best", "predict"): "prediction, `Trainer` at its best",
     }
     done = np.array([r["flops"] for r in results["ours"]])
-    for (name, what), title in ((key, title) for key, title in titles.items() if key in rates):
+    for (name, what), title in titles.items():
+        if name not in results:
+            continue
         speed = rates[name, what]
         operations = done / n * (1 if what == "train" else 1 / 3)
         share = spread(100 * speed * operations / rate, ".0f", " %")
