@@ -161,7 +161,7 @@ def read_rows(path: str | Path, skipped: list[str] | None = None) -> list[Row]:
     for line, record in _records(Path(path)):
         try:
             row = _check(record, f"{path}:{line}")
-            _expect(row.id not in first, row.where, "id", row.id, f"another: line {first.get(row.id)} has it already")
+            expect(row.id not in first, row.where, "id", row.id, f"another: line {first.get(row.id)} has it already")
             first[row.id] = line
             rows.append(row)
         except InputError as error:
@@ -214,9 +214,9 @@ def read_csv(path: str | Path, columns: tuple[str, ...]):
             if header is None:
                 header = cells
                 missing = [column for column in columns if column not in header]
-                _expect(not missing, f"{path}:1", "header", ",".join(header), f"a column {', '.join(missing)}")
+                expect(not missing, f"{path}:1", "header", ",".join(header), f"a column {', '.join(missing)}")
             elif cells:
-                _expect(len(cells) == len(header), f"{path}:{line}", "row", cells, f"{len(header)} cells as the header")
+                expect(len(cells) == len(header), f"{path}:{line}", "row", cells, f"{len(header)} cells as the header")
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1  # where the next record starts: a quoted cell may span lines
     except csv.Error as error:
@@ -240,7 +240,7 @@ def _records(path: Path):
             line = number - 1 + getattr(error, "lineno", 1)
             raise InputError(f"{path}:{line}: expected {path.suffix[1:].upper()} rows: {error}") from error
     for number, record in records:
-        _expect(isinstance(record, dict), f"{path}:{number}", "row", record, "an object")
+        expect(isinstance(record, dict), f"{path}:{number}", "row", record, "an object")
         yield number, {"id": record.get("guid"), **record}
 
 
@@ -265,7 +265,7 @@ def _hub_records(path: Path):
         raise InputError(f"{spec}: cannot be read from the Hugging Face hub: {first_line(error)}") from error
     if split == "test_data":
         split = "test" if "test" in splits else "validation"
-    _expect(split in splits, spec, "splits", sorted(splits), split)
+    expect(split in splits, spec, "splits", sorted(splits), split)
     label = splits[split].features.get("label")
     for number, record in enumerate(splits[split], 1):
         if isinstance(label, datasets.ClassLabel):
@@ -283,12 +283,12 @@ def version(data: str, rows: list[Row]) -> dict:
 
 def _check(record: dict, where: str) -> Row:
     id, sentence, label = (record.get(field) for field in ("id", "sentence", "label"))
-    _expect(_is_text(sentence), where, "sentence", sentence, "text")
+    expect(_is_text(sentence), where, "sentence", sentence, "text")
     subject, object = (_entity(record.get(f), f, sentence, where) for f in ("subject_entity", "object_entity"))
     same = (subject.start, subject.end) == (object.start, object.end)
-    _expect(not same, where, "object_entity", object.word, "another span than the subject's")
-    _expect(isinstance(id, int) or (_is_text(id) and id.strip()), where, "id", id, "a name for the row")
-    _expect(label is None or isinstance(label, int) or _is_text(label), where, "label", label, "a relation's name")
+    expect(not same, where, "object_entity", object.word, "another span than the subject's")
+    expect(isinstance(id, int) or (_is_text(id) and id.strip()), where, "id", id, "a name for the row")
+    expect(label is None or isinstance(label, int) or _is_text(label), where, "label", label, "a relation's name")
     label = None if label is None or str(label).strip() in ("", "100") else str(label)  # 100: not told, in test files
     return Row(str(id), sentence, subject, object, label, str(record.get("source") or ""), where)
 
@@ -309,15 +309,15 @@ def _entity(found, field: str, sentence: str, where: str) -> Entity:
             found = ast.literal_eval(found)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise InputError(f"{where}: {field}: found {_short(found)}, expected a dict literal") from error
-    _expect(isinstance(found, dict), where, field, found, "a dict of word, start_idx, end_idx, type")
+    expect(isinstance(found, dict), where, field, found, "a dict of word, start_idx, end_idx, type")
     word, start, end, kind = (found.get(key) for key in ("word", "start_idx", "end_idx", "type"))
-    _expect(_is_text(word), where, f"{field}: word", word, "text")
-    _expect(type(start) is int, where, f"{field}: start_idx", start, "a whole number")
-    _expect(type(end) is int, where, f"{field}: end_idx", end, "a whole number")
-    _expect(kind is None or _is_text(kind), where, f"{field}: type", kind, "text such as PER")
+    expect(_is_text(word), where, f"{field}: word", word, "text")
+    expect(type(start) is int, where, f"{field}: start_idx", start, "a whole number")
+    expect(type(end) is int, where, f"{field}: end_idx", end, "a whole number")
+    expect(kind is None or _is_text(kind), where, f"{field}: type", kind, "text such as PER")
     inside = 0 <= start <= end < len(sentence)
     bounds = f"0 <= start_idx <= end_idx < {len(sentence)} (the sentence's length)"
-    _expect(inside, where, f"{field}: start_idx, end_idx", (start, end), bounds)
+    expect(inside, where, f"{field}: start_idx, end_idx", (start, end), bounds)
     piece = sentence[start : end + 1]
     if piece != word:
         raise InputError(f"{where}: {field}: word {_short(word)} but sentence[{start}:{end + 1}] is {_short(piece)}")
@@ -328,7 +328,8 @@ def _is_text(value) -> bool:
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # JSON can spell half a character
 
 
-def _expect(holds, where: str, field: str, found, expected: str):
+def expect(holds, where: str, field: str, found, expected: str):
+    """Raises InputError with a message of the usual form unless something holds; `where` is FILE or FILE:LINE."""
     if not holds:
         raise InputError(f"{where}: {field}: found {_short(found)}, expected {expected}")
 
@@ -373,23 +374,15 @@ KLUE_RE = "hub:klue/klue@main:re"
 def diff(old: list[Row], new: list[Row]) -> tuple[list[Row], list[Row], list[tuple[Row, Row]]]:
     """(added, removed, relabelled) rows: what is in `new` alone, in `old` alone, and (old, new) pairs that differ in
     the label alone. Rows are the same by sentence and entities, whatever their ids."""
-    rest = {}
-    for row in old:
-        rest.setdefault((row.sentence, row.subject, row.object), []).append(row)
-    added, relabelled, changed = [], [], []
-    for row in new:  # first those that have stayed as they are
-        alike = rest.get((row.sentence, row.subject, row.object), [])
-        same = next((other for other in alike if other.label == row.label), None)
-        if same:
-            alike.remove(same)
-        else:
-            changed.append((row, alike))
-    for row, alike in changed:
-        if alike:
-            relabelled.append((alike.pop(0), row))
-        else:
-            added.append(row)
-    return added, [row for alike in rest.values() for row in alike], relabelled
+    added, removed = new, old
+    for what in ("sentence + both + label", "sentence + both"):  # first those that have stayed as they are
+        rest = {}
+        for row in removed:
+            rest.setdefault(SAME[what](row), []).append(row)
+        alike = [(rest[key].pop(0) if rest.get(key := SAME[what](row)) else None, row) for row in added]
+        added = [row for before, row in alike if not before]
+        removed = [row for rows in rest.values() for row in rows]
+    return added, removed, [pair for pair in alike if pair[0]]
 
 
 def print_diff(old: str, new: str):

@@ -20,13 +20,11 @@ from metrics import Predictions, check_alike, class_names, read_predictions, wri
 def vote(submissions: list[Predictions], names: dict[int, str], weights: np.ndarray, soft: bool):
     """(predicted labels, probs (N, C)): the weighted mean of the probabilities, or the shares of the votes, where a
     tie goes to the class of higher summed probability."""
-    number = {label: c for c, label in names.items()}
-    mean = np.tensordot(weights / weights.sum(), np.stack([s.probs for s in submissions]), 1)
-    shares = mean
+    mean = shares = np.average([s.probs for s in submissions], 0, weights)
     if not soft:
-        votes = np.array([[number[label] for label in s.predicted] for s in submissions])  # (files, N)
-        one_hot = np.eye(mean.shape[1])[votes]
-        shares = np.tensordot(weights / weights.sum(), one_hot, 1)
+        number = {label: c for c, label in names.items()}
+        votes = [[number[label] for label in s.predicted] for s in submissions]  # (files, N)
+        shares = np.average(np.eye(mean.shape[1])[votes], 0, weights)
     tied = shares >= shares.max(1, keepdims=True) - 1e-9
     winners = np.where(tied, mean, -1).argmax(1)
     unnamed = set(winners.tolist()) - set(names)

@@ -157,16 +157,16 @@ class StopSignal:
 
 
 @torch.inference_mode()
-def predict(model: RelationModel, examples: list[Example], machine: Machine, max_tokens=16384, show=False):
-    """Probabilities (rows, n_labels) as float64 for all examples on every rank, each computed on one of them; `show`
-    draws a bar. On a CPU it takes at most 4,096 tokens at a time."""
+def predict(model: RelationModel, examples: list[Example], machine: Machine, max_tokens=16384):
+    """Probabilities (rows, n_labels) as float64 for all examples on every rank, each computed on one of them. On a CPU
+    it takes at most 4,096 tokens at a time."""
     model.eval()
     if machine.device.type == "cpu":
         max_tokens = min(max_tokens, 4096)  # these stay in the caches: a tenth faster than 16,384
     lengths = np.array([len(e.ids) for e in examples])
     batches = within_tokens(np.arange(len(examples)), lengths, max_tokens)[machine.rank :: machine.world]
     probs = torch.zeros(len(examples), model.classifier.out_features, dtype=torch.float64, device=machine.device)
-    for rows in tqdm(batches, unit="batch", leave=False, disable=not show or machine.rank > 0):
+    for rows in tqdm(batches, unit="batch", leave=False, disable=machine.rank > 0 or None):  # None: on a terminal
         batch = collate(examples, rows).to(machine.device)
         with machine.autocast():
             logits = model(batch)
@@ -235,12 +235,12 @@ def entity_of(sentence: str, text: str, option: str, types: list[str] | None) ->
     return Entity(word, start, start + len(word) - 1, kind or None)
 
 
-def mean_of(paths: list[str], rows: list[Row], machine: Machine, max_tokens: int, show=False) -> np.ndarray:
+def mean_of(paths: list[str], rows: list[Row], machine: Machine, max_tokens: int) -> np.ndarray:
     """The mean of the checkpoints' probabilities (rows, labels), on every rank; one model at a time is in memory."""
-    return sum(predict_rows(load_checkpoint(path), rows, machine, max_tokens, show) for path in paths) / len(paths)
+    return sum(predict_rows(load_checkpoint(path), rows, machine, max_tokens) for path in paths) / len(paths)
 
 
-def predict_rows(checkpoint: dict, rows: list[Row], machine: Machine, max_tokens: int, show=False) -> np.ndarray:
+def predict_rows(checkpoint: dict, rows: list[Row], machine: Machine, max_tokens: int) -> np.ndarray:
     """Probabilities (rows, labels) on every rank."""
     settings = checkpoint["settings"]
     model, tokenizer = restore(checkpoint)
@@ -248,7 +248,7 @@ def predict_rows(checkpoint: dict, rows: list[Row], machine: Machine, max_tokens
     examples, n_cut = encode(rows, template, tokenizer, checkpoint["labels"], settings["max_length"])
     if n_cut and machine.rank == 0:
         print(f"{n_cut} sentences cut to {settings['max_length']} tokens")
-    probs = predict(model.to(machine.device), examples, machine, max_tokens, show)
+    probs = predict(model.to(machine.device), examples, machine, max_tokens)
     return scale_negative(probs, checkpoint["negative_factor"])
 
 
@@ -285,7 +285,7 @@ def main():
         names = [run["run"] for run in about]
         name = "+".join(names) if len(names) < 3 else f"{names[0]}+{len(names) - 1}"  # a file's name has its limits
         out = Path(arguments.out or f"out/{name}.csv")
-        probs = mean_of(arguments.checkpoints, rows, machine, arguments.max_tokens, show=True)
+        probs = mean_of(arguments.checkpoints, rows, machine, arguments.max_tokens)
         if machine.rank == 0:
             write_predictions(out, [row.id for row in rows], [labels[c] for c in probs.argmax(1)], probs)
             print(f"{out}: {len(rows)} rows of {path}")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import KLUE_LABELS, InputError, atomic_write, read_csv
+from data import KLUE_LABELS, InputError, atomic_write, expect, read_csv
 
 DRAWS = 1000  # of a bootstrap
 SCORES = {"micro_f1": "micro F1", "auprc": "AUPRC", "accuracy": "accuracy"}
@@ -53,18 +53,16 @@ def read_predictions(path: str) -> Predictions:
     """Reads a submission or a run's valid.csv; raises InputError at the first row that is not as it should be."""
     first, predicted, probs, gold = {}, [], [], []
     for line, cells in read_csv(path, ("id", "pred_label", "probs")):
-        where = f"{path}:{line}"
-        id, found = cells["id"], cells["probs"] if len(cells["probs"]) <= 60 else cells["probs"][:57] + "..."
+        where, id = f"{path}:{line}", cells["id"]
         try:
             p = [float(x) for x in json.loads(cells["probs"])]
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise InputError(f"{where}: probs: found {found!r}, expected a list of numbers") from error
-        if probs and len(p) != len(probs[0]):
-            raise InputError(f"{where}: probs: found {len(p)} classes, expected {len(probs[0])} as in the rows above")
-        if not p or not min(p) >= 0 or not math.isclose(sum(p), 1, abs_tol=1e-3):
-            raise InputError(f"{where}: probs: found {found!r}, expected numbers from 0 to 1 that sum to 1")
-        if id in first:
-            raise InputError(f"{where}: id: found {id!r}, expected another: line {first[id]} has it already")
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            p = []
+        holds = p and min(p) >= 0 and math.isclose(sum(p), 1, abs_tol=1e-3)
+        expect(holds, where, "probs", cells["probs"], "numbers from 0 to 1 that sum to 1")
+        n_classes = len(probs[0] if probs else p)
+        expect(len(p) == n_classes, where, "classes", len(p), f"{n_classes} as in the rows above")
+        expect(id not in first, where, "id", id, f"another: line {first.get(id)} has it already")
         first[id] = line
         predicted.append(cells["pred_label"])
         probs.append(p)
@@ -78,19 +76,14 @@ def check_alike(files: list[Predictions]):
     """Raises InputError unless all have the same ids in the same order and as many classes."""
     base, hint = files[0], "name files of the same rows"
     for other in files[1:]:
-        missing, extra = set(base.ids) - set(other.ids), set(other.ids) - set(base.ids)
-        if missing:
-            example = next(id for id in base.ids if id in missing)
-            raise InputError(
-                f"{other.path}: {len(missing)} rows of {base.path} are missing, such as id {example!r}; {hint}"
-            )
-        if extra:
-            example = next(id for id in other.ids if id in extra)
-            raise InputError(f"{other.path}: {len(extra)} rows are not in {base.path}, such as id {example!r}; {hint}")
-        if other.ids != base.ids:
-            i = next(i for i, pair in enumerate(zip(base.ids, other.ids)) if pair[0] != pair[1])
-            where = f"{other.path}:{other.lines[i]}"
-            raise InputError(f"{where}: id: found {other.ids[i]!r}, expected {base.ids[i]!r}, the order of {base.path}")
+        missing = base.ids, other.ids, f"rows of {base.path} are missing"
+        extra = other.ids, base.ids, f"rows are not in {base.path}"
+        for ids, others, text in (missing, extra):
+            known = set(others)
+            if lone := [id for id in ids if id not in known]:
+                raise InputError(f"{other.path}: {len(lone)} {text}, such as id {lone[0]!r}; {hint}")
+        for line, id, own in zip(other.lines, other.ids, base.ids):
+            expect(id == own, f"{other.path}:{line}", "id", id, f"{own!r}, the order of {base.path}")
         if other.probs.shape != base.probs.shape:
             found, expected = other.probs.shape[1], base.probs.shape[1]
             raise InputError(f"{other.path}: found {found} classes, expected {expected} as in {base.path}")
@@ -126,10 +119,8 @@ def gold_classes(file: Predictions, names: dict[int, str], labels: list[str] | N
         raise InputError(f"{file.path}: has no column label; --gold names the file with its rows and their labels")
     number = {label: c for c, label in names.items()}
     for line, label, own in zip(file.lines, gold, file.gold or gold):
-        if label != own:
-            raise InputError(f"{file.path}:{line}: label: found {own!r}, expected {label!r} as in the file of its rows")
-        if label not in number:
-            raise InputError(f"{file.path}:{line}: label: found {label!r}, expected one of {len(number)} known labels")
+        expect(label == own, f"{file.path}:{line}", "label", own, f"{label!r} as in the file of its rows")
+        expect(label in number, f"{file.path}:{line}", "label", label, f"one of {len(number)} known labels")
     return np.array([number[label] for label in gold])
 
 
@@ -318,22 +309,18 @@ def compare(a: list[tuple], b: list[tuple], gold: np.ndarray, draws: int = DRAWS
     answer holds for these two models, on rows like these. Few seeds spread less than many would, and so does the
     interval: trust two or three a side less than it says. Rows count as independent, even those of one sentence.
     """
-    drawn = [[], []]
-    for weights in bootstrap_weights(len(gold), draws):
-        for side, runs in zip(drawn, (a, b)):
-            side.append([weighted_scores(probs, predicted, gold, weights) for probs, predicted in runs])
+    drawn = [[bootstrap(probs, predicted, gold, draws) for probs, predicted in runs] for runs in (a, b)]
     random, table, differences = np.random.default_rng(1), [], {}
     chosen = [random.integers(0, len(runs), (len(runs), draws)) for runs in (a, b)]
     seen = [[score(probs, gold, predicted) for probs, predicted in runs] for runs in (a, b)]
     for name, text in SCORES.items():
         line, means = {"score": text}, []
-        for title, scores, side, which in zip("AB", seen, drawn, chosen):
-            scores = [of_run[name] for of_run in scores]
+        for title, scores, draws_of, which in zip("AB", seen, drawn, chosen):
+            scores, of_runs = ([of_run[name] for of_run in runs] for runs in (scores, draws_of))
             line[title] = np.mean(scores)
             if len(scores) > 1:
                 line[f"{title} ± SD"] = np.std(scores, ddof=1)
-            of_runs = np.concatenate([[part[name] for part in parts] for parts in side], 1)  # (runs, draws)
-            means.append(np.take_along_axis(of_runs, which, 0).mean(0))
+            means.append(np.take_along_axis(np.array(of_runs), which, 0).mean(0))
         difference = differences[name] = centred(name, means[1] - means[0], line["B"] - line["A"])
         beyond = min((difference <= 0).sum(), (difference >= 0).sum())
         line |= {"B - A": line["B"] - line["A"], **interval(difference)}
@@ -341,14 +328,12 @@ def compare(a: list[tuple], b: list[tuple], gold: np.ndarray, draws: int = DRAWS
     return table, differences
 
 
-def mcnemar(a: np.ndarray, b: np.ndarray, gold: np.ndarray) -> dict:
-    """McNemar's exact test for predictions (rows,): rows that only one gets right, and how likely they would be split
-    as unevenly if each were a coin's throw."""
+def mcnemar(only_a: int, only_b: int) -> float:
+    """McNemar's exact test: how likely the rows that only A or only B gets right would be split as unevenly if each
+    were a coin's throw."""
     from scipy.stats import binomtest
 
-    only_a, only_b = int(((a == gold) & (b != gold)).sum()), int(((b == gold) & (a != gold)).sum())
-    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return {"only A right": only_a, "only B right": only_b, "p": float(p)}
+    return binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
 
 
 def verdict(line: dict) -> str:

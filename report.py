@@ -18,6 +18,7 @@ import io
 import re
 import sys
 import unicodedata
+from contextlib import suppress
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from sklearn.metrics import auc, confusion_matrix, precision_recall_curve
 
 import data
 import metrics
-from data import InputError, Row, Template, atomic_write
+from data import InputError, Row, Template, atomic_write, expect
 
 CASES = 10  # rows that a section shows in the terminal; the page shows all
 BARS = 50  # lines of a table that a figure shows
@@ -89,22 +90,20 @@ def text_cases(cases: list[tuple[str, Row | None]]) -> str:
 
 
 @functools.cache
-def drawable_characters() -> frozenset[int]:
+def drawable_characters() -> set[int]:
     """The characters that figures can show, once matplotlib knows an installed Korean font, if there is one."""
     fonts, files = ["DejaVu Sans"], font_manager.findSystemFonts()
+    characters = set(font_manager.get_font(font_manager.findfont(fonts[0])).get_charmap())
     for path in sorted(files, key=lambda p: ("NanumGothic." not in p, "Regular" not in p, p)):
-        try:
-            characters = font_manager.get_font(path).get_charmap()
-        except (RuntimeError, OSError):  # no font that matplotlib can read
-            continue
-        if ord("가") in characters and ord("힣") in characters:
-            font_manager.fontManager.addfont(path)
-            fonts.append(font_manager.FontProperties(fname=path).get_name())
-            break
-    else:
-        characters = {}
+        with suppress(RuntimeError, OSError):  # no font that matplotlib can read
+            found = set(font_manager.get_font(path).get_charmap())
+            if found >= {ord("가"), ord("힣")}:
+                font_manager.fontManager.addfont(path)
+                fonts.append(font_manager.FontProperties(fname=path).get_name())
+                characters |= found
+                break
     matplotlib.rcParams["font.family"] = fonts
-    return frozenset(characters) | frozenset(font_manager.get_font(font_manager.findfont(fonts[0])).get_charmap())
+    return characters
 
 
 @functools.cache
@@ -124,10 +123,10 @@ def drawable(names: list[str]) -> list[str]:
     return out
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained", **grid):
+def new_figure(width: float, height: float, **grid):
     """A figure in inches and its axes, with what the figures have in common."""
     drawable_characters()
-    figure = Figure((width, height), dpi=100, layout=layout)
+    figure = Figure((width, height), dpi=100, layout="constrained")
     axes = figure.subplots(**grid)
     for axis in np.ravel(axes):
         axis.spines[["top", "right"]].set_visible(False)
@@ -189,11 +188,8 @@ def curves_figure(probs: np.ndarray, gold: np.ndarray, labels: list[str]) -> Fig
     """The precision-recall curve of each label that `gold` has, the most frequent first, one small plot each."""
     counts = np.bincount(gold, minlength=len(labels))
     present = [c for c in np.argsort(-counts, kind="stable") if counts[c]]
-    n_rows = -(-len(present) // 5)
-    height = 0.8 + 2 * n_rows
-    figure, axes = new_figure(12, height, None, nrows=n_rows, ncols=5, sharex=True, sharey=True, squeeze=False)
-    # by hand: laying out as many plots takes seconds
-    figure.subplots_adjust(0.05, 0.5 / height, 0.99, 1 - 0.4 / height, wspace=0.08, hspace=0.35)
+    n = -(-len(present) // 5)
+    figure, axes = new_figure(12, 0.8 + 2 * n, nrows=n, ncols=5, sharex=True, sharey=True, squeeze=False)
     names = drawable(labels)
     for axis, c in zip(axes.flat, present):
         precision, recall, _ = precision_recall_curve(gold == c, probs[:, c])
@@ -204,7 +200,7 @@ def curves_figure(probs: np.ndarray, gold: np.ndarray, labels: list[str]) -> Fig
     for axis in axes.flat[len(present) :]:
         axis.set_visible(False)
     figure.supxlabel("recall", fontsize=9)
-    figure.supylabel("precision", fontsize=9, x=0.003)
+    figure.supylabel("precision", fontsize=9)
     return figure
 
 
@@ -450,10 +446,10 @@ def matching(patterns: list[str], option: str) -> list[str]:
     return paths
 
 
-def summary_of(path: str) -> dict:
-    """The summary.json beside a run's valid.csv; empty where there is none."""
-    beside = Path(path).with_name("summary.json")
-    return data.read_json(beside, "a run's summary") if beside.exists() else {}
+def read_summary(folder: Path) -> dict:
+    """The summary.json in a run's folder; empty where there is none."""
+    path = folder / "summary.json"
+    return data.read_json(path, "a run's summary") if path.exists() else {}
 
 
 def rows_of(file: metrics.Predictions, gold: str | None, summary: dict) -> list[Row] | None:
@@ -468,8 +464,7 @@ def rows_of(file: metrics.Predictions, gold: str | None, summary: dict) -> list[
             return None
     by_id = {row.id: row for row in data.read_rows(gold, [] if settings.get("skip_bad_rows") else None)}
     for line, id in zip(file.lines, file.ids):
-        if id not in by_id:
-            raise InputError(f"{file.path}:{line}: id: found {id!r}, which {gold} has not; --gold names the rows' file")
+        expect(id in by_id, f"{file.path}:{line}", "id", id, f"one of {gold}; --gold names the rows' file")
     return [by_id[id] for id in file.ids]
 
 
@@ -489,7 +484,7 @@ def load(paths: list[str], gold: str | None) -> Loaded:
     """Reads and checks files of predictions that belong together."""
     files = [metrics.read_predictions(path) for path in paths]
     metrics.check_alike(files)
-    summary = summary_of(paths[0])
+    summary = read_summary(Path(paths[0]).parent)
     names = metrics.class_names(files, summary.get("labels"))
     rows = rows_of(files[0], gold, summary)
     told = [row.label for row in rows] if rows and None not in {row.label for row in rows} else None
@@ -552,7 +547,7 @@ def score_sections(found: Loaded) -> list[Section]:
         groups["characters of the sentence"] = binned([len(row.sentence) for row in rows], [0, 50, 75, 100, 150, 200])
         groups["characters between the entities"] = binned(list(map(distance, rows)), [0, 5, 10, 20, 40, 80])
         for heading, (names, group) in groups.items():
-            table = metrics.group_table(heading, list(map(str, names)), group, predicted, gold)
+            table = metrics.group_table(heading, names, group, predicted, gold)
             figure = bar_figure(table, ["micro F1"], "micro F1, %")
             sections.append(Section(f"By {heading}", "", table, figure))
     note = "Wrong predictions by the probability of the true label, the smallest first."
@@ -578,15 +573,14 @@ def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
     sections = [Section("Files", "", each), Section("Is one better?", note, table, figure)]
     right = np.array([predicted == gold for _, predicted in found.runs])
     all_a, all_b, no_a, no_b = right[:n_a].all(0), right[n_a:].all(0), ~right[:n_a].any(0), ~right[n_a:].any(0)
-    if len(a) == len(b) == 1:
-        test = metrics.mcnemar(a[0][1], b[0][1], gold)
-        luck = "hardly luck" if test["p"] < 0.05 else "it could be luck"
-        note = f"McNemar's exact test: by luck, a split as uneven would come with p = {test['p']:.4f}: {luck}."
-    else:
-        note = "Rows on which all runs of a side agree."
     what = {"both right": all_a & all_b, "only A right": all_a & no_b, "only B right": no_a & all_b}
     what["both wrong"] = no_a & no_b
     counts = [{"rows": name, "count": int(which.sum())} for name, which in what.items()]
+    note = "Rows on which all runs of a side agree."
+    if len(a) == len(b) == 1:
+        p = metrics.mcnemar(counts[1]["count"], counts[2]["count"])
+        luck = "hardly luck" if p < 0.05 else "it could be luck"
+        note = f"McNemar's exact test: by luck, a split as uneven would come with p = {p:.4f}: {luck}."
     sections.append(Section("Right and wrong", note, counts, bar_figure(counts, ["count"], "rows")))
     for name in ("only A right", "only B right"):
         cases = cases_of(found, np.flatnonzero(what[name]), [a[0], b[0]])

@@ -12,6 +12,7 @@ the median of the trials before, it is stopped. The study is in runs/sweep/study
 import argparse
 import ctypes
 import fcntl
+import math
 import shlex
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from data import InputError, Parser, exit_on_bad_input, first_line, read_json, read_text
+from report import read_summary, text_table
 from train import PROGRESS_FILES, Settings, flag, parse_settings, remove_progress
 
 HERE = Path(__file__).parent
@@ -146,11 +148,6 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def read_summary(folder: Path) -> dict:
-    path = folder / "summary.json"
-    return read_json(path, "a run's summary") if path.exists() else {}
-
-
 def report(trial: Trial, summary: dict):
     """Tells the study the evaluations that it does not know yet, numbered from 1."""
     known = len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
@@ -167,24 +164,22 @@ def best_first(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(done, key=lambda trial: (-trial.value, trial.number))
 
 
-def table(study: optuna.Study, space: dict) -> str:
+def table(study: optuna.Study, space: dict) -> list[dict]:
     """All trials, the best first and those without a result last."""
     trials = best_first(study)
     trials += [trial for trial in study.get_trials(deepcopy=False) if trial not in trials]
-    lines = [["trial", "score", "state", *space]]
+    lines = []
     for trial in trials:
         values = trial.intermediate_values.values()
-        score = trial.value if trial.state == TrialState.COMPLETE else max(values, default=None)
-        shown = "" if score is None else f"{score:.2f}"
-        settings = [str(trial.params.get(name, "")) for name in space]
-        lines.append([str(trial.number), shown, trial.state.name.lower(), *settings])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+        score = trial.value if trial.state == TrialState.COMPLETE else max(values, default=math.nan)
+        settings = {name: str(trial.params.get(name, "")) for name in space}
+        lines.append({"trial": trial.number, "score": score, "state": trial.state.name.lower(), **settings})
+    return lines
 
 
 def show(study: optuna.Study, space: dict, folder: Path, arguments: list[str]):
     """Prints the table, the importance of each setting and the command that trains the best again."""
-    print(f"\n{table(study, space)}")
+    print(f"\n{text_table(table(study, space))}")
     best = best_first(study)
     if len(best) >= 2:
         print("\nimportance of each setting")

@@ -377,7 +377,7 @@ class Relations(Task):
     def evaluate(self, max_tokens: int) -> dict:
         """Scores on the validation rows; none where there are no such rows."""
         n, share = len(self.valid), self.settings.no_relation_share
-        probs = predict(self.model, self.valid + self.like_test, self.machine, max_tokens, show=sys.stderr.isatty())
+        probs = predict(self.model, self.valid + self.like_test, self.machine, max_tokens)
         self.negative_factor = negative_factor(probs[n:], share) if self.like_test else 1.0
         if self.like_test:
             factor = f"its probability times {self.negative_factor:.2f}"
