@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -45,7 +45,7 @@ class Example(NamedTuple):
     """A row for the encoder: token ids (L,), their segment 0 or 1 (L,), the tokens at which the marks of subject and
     object open, the label's number (-1 where there is none), the last tokens of the closing marks, and what each token
     belongs to (2, L): nothing 0, the subject 1 or the object 2; and the entity's type, 1 + its place in TYPE_NAMES, or
-    0 for another."""
+    0 for another. To mask tokens: the number of the word that each is part of, -1 for added ones (L,)."""
 
     ids: np.ndarray
     types: np.ndarray
@@ -53,6 +53,7 @@ class Example(NamedTuple):
     label: int
     closings: tuple[int, int]
     entities: np.ndarray
+    words: np.ndarray | None = None
 
 
 def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):
@@ -61,17 +62,16 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
     An input over `max_length` tokens loses context, never an entity or a mark: kept are the marks, then the words of
     the entities, then the tokens nearest to either. A prompt takes at most a quarter of it on each side.
     """
-    if not rows:
-        return [], 0  # tokenizers do not take an empty list
+    backend = tokenizer.backend_tokenizer  # transformers' own call takes twice the time around it
     rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
     number = {label: i for i, label in enumerate(labels)}
     start, middle, end, types = _special_tokens(tokenizer, pair=bool(PROMPTS[template.prompt][0]))
     kinds = {type: i for i, type in enumerate(TYPE_NAMES["en"], 1)}
     before, after = (
-        [_cut_middle(text.ids, max_length // 4) for text in _tokens(tokenizer, texts)]
+        [_cut_middle(text.ids, max_length // 4) for text in backend.encode_batch(texts, add_special_tokens=False)]
         for texts in ([r.before for r in rendered], [r.after for r in rendered])
     )
-    texts = _tokens(tokenizer, [r.text for r in rendered], with_offsets=True)
+    texts = backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
     examples, n_cut = [], 0
     for i, r in enumerate(rendered):
         ids, offsets = texts[i].ids, texts[i].offsets
@@ -111,32 +111,29 @@ def _entities(offsets: list[tuple], spans, row: Row, masked: bool, kinds: dict[s
 
 
 def encode_sentences(sentences: list[str], tokenizer, max_length: int):
-    """(examples, words, number of sentences cut) of sentences by themselves: no entities, marks and prompts. `words`
-    holds for each the number of the word that a token is part of, -1 for tokens that the tokenizer has added (L,)."""
+    """(examples, number of sentences cut) of sentences by themselves: no entities, marks and prompts."""
     backend = tokenizer.backend_tokenizer
-    backend.no_padding()
     backend.enable_truncation(max_length)
     found = backend.encode_batch(sentences)
     backend.no_truncation()
-    examples, words = [], []
+    examples = []
     for text in found:
         ids = np.array(text.ids, dtype=np.int64)
-        numbers = np.array([-1 if number is None else number for number in text.word_ids])
-        real = numbers >= 0
-        if numbers.max(initial=0) == 0:  # this tokenizer does not tell words: each token is one
-            numbers[real] = np.arange(real.sum())
+        words = np.array([-1 if number is None else number for number in text.word_ids])
+        real = words >= 0
+        if words.max(initial=0) == 0:  # this tokenizer does not tell words: each token is one
+            words[real] = np.arange(real.sum())
         types, entities = np.zeros_like(ids), np.zeros((2, len(ids)), dtype=np.int64)
-        examples.append(Example(ids, types, (0, 0), -1, (0, 0), entities))
-        words.append(numbers)
-    return examples, words, sum(bool(text.overflowing) for text in found)
+        examples.append(Example(ids, types, (0, 0), -1, (0, 0), entities, words))
+    return examples, sum(bool(text.overflowing) for text in found)
 
 
-def n_masked(words: np.ndarray) -> int:
+def n_masked(example: Example) -> int:
     """How many tokens of a sentence are masked: 15 %, at least one."""
-    return max(1, round(0.15 * (words >= 0).sum()))
+    return max(1, round(0.15 * (example.words >= 0).sum()))
 
 
-def collate_masked(examples, words, rows, key: list[int], tokenizer):
+def collate_masked(examples: list[Example], rows, key: list[int], tokenizer):
     """(the flat batch of these examples with tokens masked, flat indices of those (M,), their true ids (M,)).
 
     As Devlin et al. 2019: of the tokens chosen 80 % become the mask token, 10 % any token, 10 % stay. They are chosen
@@ -145,38 +142,27 @@ def collate_masked(examples, words, rows, key: list[int], tokenizer):
     """
     masked, places = {}, {}
     for row in rows:
-        random = np.random.default_rng([*key, row])
-        order = random.permutation(words[row].max() + 1)[words[row]]  # words in random order, their tokens together
-        order[words[row] < 0] = len(order)
-        chosen = np.argsort(order, kind="stable")[: n_masked(words[row])]
-        fate, ids = random.random(len(chosen)), examples[row].ids.copy()
+        random, example = np.random.default_rng([*key, row]), examples[row]
+        order = random.permutation(example.words.max() + 1)[example.words]  # in random order, a word's tokens together
+        order[example.words < 0] = len(order)
+        chosen = np.argsort(order, kind="stable")[: n_masked(example)]
+        fate, ids = random.random(len(chosen)), example.ids.copy()
         ids[chosen] = np.where(fate < 0.9, random.integers(len(tokenizer), size=len(chosen)), ids[chosen])
         ids[chosen[fate < 0.8]] = tokenizer.mask_token_id
-        masked[row], places[row] = examples[row]._replace(ids=ids), chosen
+        masked[row], places[row] = example._replace(ids=ids), chosen
     batch = collate(masked, rows)
     flat = np.concatenate([start + places[row] for start, row in zip(batch.offsets.tolist(), batch.rows)])
     true = np.concatenate([examples[row].ids[places[row]] for row in batch.rows])
     return batch, torch.from_numpy(flat), torch.from_numpy(true)
 
 
-def _tokens(tokenizer, texts: list[str], with_offsets=False):
-    """What the tokenizers library makes of the texts: transformers' own call takes twice the time around it."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return (backend.encode_batch if with_offsets else backend.encode_batch_fast)(texts, add_special_tokens=False)
-
-
 def _special_tokens(tokenizer, pair: bool):
     """The tokens that a tokenizer puts before, between and after its segments, and the segments' type ids."""
-    text = tokenizer("가", "나") if pair else tokenizer("나")
+    text, last = tokenizer("가", "나" if pair else None), int(pair)
     ids, kinds, segment = text["input_ids"], text.get("token_type_ids"), text.sequence_ids()  # of special tokens None
-    first, second = segment.index(0), segment.index(int(pair))
-    before, after = ids[:first], ids[second + segment.count(int(pair)) :]
-    if not pair:
-        return before, [], after, (0, 0)
-    between = ids[first + segment.count(0) : second]
-    if not between and tokenizer.eos_token_id is not None:  # decoders' tokenizers would run the segments together
+    first, second = segment.index(0), segment.index(last)
+    before, between, after = ids[:first], ids[first + segment.count(0) : second], ids[second + segment.count(last) :]
+    if pair and not between and tokenizer.eos_token_id is not None:  # as a decoder's, which would run them together
         between = [tokenizer.eos_token_id]
     return before, between, after, (kinds[first], kinds[second]) if kinds else (0, 0)
 
@@ -353,6 +339,8 @@ def load_tokenizer(name: str):
     tokenizer = _load(AutoTokenizer, name)
     if not tokenizer.is_fast:
         raise InputError(f"--model {name}: its tokenizer has no fast version, which tells where in the text tokens are")
+    tokenizer.backend_tokenizer.no_truncation()  # which some files ask for, as for padding
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -455,21 +443,16 @@ class FlatEncoder(nn.Module):
 
     def encode(self, batch: Batch) -> torch.Tensor:
         """The last hidden states of the encoder, (T, hidden)."""
-        types = {"token_type_ids": batch.types[None]} if self.has_types else {}
         if self.is_flat:
+            types = {"token_type_ids": batch.types[None]} if self.has_types else {}
             positions = batch.positions[None] + self.first_position
             inputs = self._inputs(batch.ids[None], batch.entities[:, None])
             return self.encoder(**inputs, position_ids=positions, flat=batch, **types).last_hidden_state[0]
-        places = torch.arange(batch.lengths[0], device=batch.ids.device)
-        real = places[None] < batch.offsets.diff()[:, None]  # (B, longest)
-        padding = torch.full(real.shape, self.encoder.config.pad_token_id or 0, device=real.device)
-        zeros = torch.zeros_like(padding)
-        entities = torch.stack([zeros.masked_scatter(real, x) for x in batch.entities])
-        inputs = self._inputs(padding.masked_scatter(real, batch.ids), entities)
-        types = {k: zeros.masked_scatter(real, v) for k, v in types.items()}
-        states = self.encoder(**inputs, attention_mask=real.long(), **types).last_hidden_state
-        sentences = torch.arange(len(real), device=real.device)  # not states[real], for which a GPU is waited for
-        return states[sentences.repeat_interleave(batch.offsets.diff(), output_size=len(batch.ids)), batch.positions]
+        tokens = torch.stack([batch.ids, batch.types, torch.ones_like(batch.ids), *batch.entities], 1)
+        ids, types, real, *entities = pad_sequence(tokens.split(batch.lengths), batch_first=True).unbind(2)
+        types = {"token_type_ids": types} if self.has_types else {}
+        states = self.encoder(**self._inputs(ids, entities), attention_mask=real, **types).last_hidden_state
+        return torch.cat([sentence[:n] for sentence, n in zip(states, batch.lengths)])
 
     def encode_only(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         """`encode(batch)[tokens]`, (N, hidden), for the flat indices of some tokens (N,). What the last layer of BERT

@@ -150,10 +150,8 @@ class Settings:
                 raise InputError(f"{flag(f.name)}: found {value}, expected {allowed[0]} to {allowed[1]}")
         if self.label_smoothing and (self.focal_gamma or self.focal_alpha):
             raise InputError("--label-smoothing goes with cross entropy, not with --focal-gamma or --focal-alpha")
-        if self.folds and (self.valid or self.folds == 1 or self.fold >= self.folds):
+        if self.folds == 1 or self.fold >= max(self.folds, 1) or (self.folds and self.valid):
             raise InputError(f"--folds {self.folds}: expected 2 or more, a --fold below that, and no --valid")
-        if self.fold and not self.folds:
-            raise InputError("--fold says which one of --folds")
         if self.folds and self.objective == "mlm":
             raise InputError("--folds is for relations; with --objective mlm a tenth of the sentences is held out")
         if self.patience and self.valid == "none":
@@ -263,8 +261,8 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row
     return rows, valid, (like or valid) if settings.test_like() else [], share, labels, version
 
 
-def some(rows: list[Row], n: int) -> list[Row]:
-    """At most n of the rows, the same ones each time."""
+def some(rows: list, n: int) -> list:
+    """At most n of the rows or sentences, the same ones each time."""
     return [rows[i] for i in sorted(np.random.default_rng(DATA_SEED).permutation(len(rows))[:n])]
 
 
@@ -349,11 +347,12 @@ class Relations(Task):
         self.tokenizer = self.load_tokenizer(" ".join(template.render(row)[:3]) for row in rows)
         known = len(self.tokenizer)
         add_markers(self.tokenizer, template, rows)
-        self.examples, n_cut = encode(rows, template, self.tokenizer, self.labels, settings.max_length)
-        self.valid, n_valid_cut = encode(self.valid_rows, template, self.tokenizer, self.labels, settings.max_length)
-        self.gold = np.array([e.label for e in self.valid])
         like_test = some(like_test, 1000)
-        self.like_test, _ = encode(like_test, template, self.tokenizer, self.labels, settings.max_length)
+        (self.examples, n_cut), (self.valid, n_valid_cut), (self.like_test, _) = (
+            encode(part, template, self.tokenizer, self.labels, settings.max_length)
+            for part in (rows, self.valid_rows, like_test)
+        )
+        self.gold = np.array([e.label for e in self.valid])
         self.lengths, self.n_targets = np.array([len(e.ids) for e in self.examples]), np.ones(len(rows), dtype=int)
         self.tell_lengths("rows", len(self.valid), n_cut + n_valid_cut)
 
@@ -428,10 +427,10 @@ class MaskedTokens(Task):
         self.tokenizer = self.load_tokenizer(sentences)
         if self.tokenizer.mask_token is None:
             raise InputError(f"--objective mlm: the tokenizer of {settings.model} has no token to mask with")
-        self.examples, self.words, n_cut = encode_sentences(sentences, self.tokenizer, settings.max_length)
-        self.valid, self.valid_words, n_valid_cut = encode_sentences(valid, self.tokenizer, settings.max_length)
+        self.examples, n_cut = encode_sentences(sentences, self.tokenizer, settings.max_length)
+        self.valid, n_valid_cut = encode_sentences(valid, self.tokenizer, settings.max_length)
         self.lengths = np.array([len(e.ids) for e in self.examples])
-        self.n_targets = np.array([n_masked(words) for words in self.words])
+        self.n_targets = np.array([n_masked(example) for example in self.examples])
         self.tell_lengths("sentences", len(valid), n_cut + n_valid_cut)
 
         torch.manual_seed(settings.seed)
@@ -443,10 +442,10 @@ class MaskedTokens(Task):
 
     def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
         """The sum of the losses of these examples' masked tokens, other ones at each step."""
-        return self.loss_of(model, self.examples, self.words, rows, [self.settings.seed, step])
+        return self.loss_of(model, self.examples, rows, [self.settings.seed, step])
 
-    def loss_of(self, model, examples, words, rows, key: list[int]) -> torch.Tensor:
-        batch, *masked = collate_masked(examples, words, rows, key, self.tokenizer)
+    def loss_of(self, model, examples, rows, key: list[int]) -> torch.Tensor:
+        batch, *masked = collate_masked(examples, rows, key, self.tokenizer)
         places, true = (to_device(tokens, self.machine.device) for tokens in masked)
         with self.machine.autocast():
             logits = model(batch.to(self.machine.device), places)
@@ -462,8 +461,8 @@ class MaskedTokens(Task):
         batches = within_tokens(np.arange(len(lengths)), lengths, max_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.machine.device)
         for rows in batches[self.machine.rank :: self.machine.world]:
-            total += self.loss_of(self.model, self.valid, self.valid_words, rows, [DATA_SEED])
-        loss = self.machine.sum(total).item() / sum(map(n_masked, self.valid_words))
+            total += self.loss_of(self.model, self.valid, rows, [DATA_SEED])
+        loss = self.machine.sum(total).item() / sum(map(n_masked, self.valid))
         if not math.isfinite(loss):
             raise InputError(f"the loss of the held-out sentences is {loss}; try --amp off")
         return {"loss": loss, "perplexity": math.exp(min(loss, 100))}
@@ -493,15 +492,13 @@ def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dic
     sentences = list(dict.fromkeys(row.sentence for row in rows + others))
     version = data.version(settings.data, rows + others)
     say(f"{path}{' and test_data beside it' if others else ''}: {len(sentences)} sentences")
-    sentences = [sentences[i] for i in np.random.default_rng(DATA_SEED).permutation(len(sentences))]
-    sentences = sentences[: settings.limit or None]
-    if settings.valid in ("", "none"):
-        n_valid = 0 if settings.valid else max(1, len(sentences) // 10)
-        valid, sentences = sentences[:n_valid], sentences[n_valid:]
-    else:
+    sentences, valid = some(sentences, settings.limit or len(sentences)), []
+    if settings.valid == "":
+        valid = some(sentences, max(1, len(sentences) // 10))
+    elif settings.valid != "none":
         valid = list(dict.fromkeys(row.sentence for row in data.read_rows(settings.valid, skipped)))
-        held_out = set(valid)
-        sentences = [sentence for sentence in sentences if sentence not in held_out]
+    held_out = set(valid)
+    sentences = [sentence for sentence in sentences if sentence not in held_out]
     if not sentences:
         raise InputError(f"{path}: no sentences to train on beside those held out")
     return sentences, valid, version
@@ -556,18 +553,18 @@ def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 def share_of_rank(rows: np.ndarray, lengths: np.ndarray, machine: Machine, max_tokens: int, n_targets: int):
     """The parts in which this process works through its share of a batch that asks for `n_targets` predictions, and
     the weight of the loss of each of them."""
-    by_length = np.array(sorted(rows, key=lambda i: (-lengths[i], i)))
-    mine = by_length[machine.rank :: machine.world]
+    mine = rows[machine.rank :: machine.world]  # of like lengths on each: training_batches has sorted them
     if len(mine):
         # DistributedDataParallel takes the mean over the processes; the loss is the mean over the whole batch
         return within_tokens(mine, lengths, max_tokens), machine.world / n_targets
-    return [by_length[:1]], 0.0  # fewer sentences than processes: take part in the exchange, add nothing
+    return [rows[:1]], 0.0  # fewer sentences than processes: take part in the exchange, add nothing
 
 
-def batch_gradients(task, model, rows, step, settings, machine, scaler, max_tokens):
+def batch_gradients(task, model, rows, step, scaler, max_tokens):
     """Adds up the gradients of one batch, part by part, and returns this process's share of the mean loss, still on
     the device; or None if memory ran out on any process."""
-    torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, machine.rank]).generate_state(1)[0]))
+    machine = task.machine
+    torch.manual_seed(int(np.random.SeedSequence([task.settings.seed, step, machine.rank]).generate_state(1)[0]))
     parts, weight = share_of_rank(rows, task.lengths, machine, max_tokens, task.n_targets[rows].sum())
     total, out_of_memory = torch.zeros((), device=machine.device), False
     try:
@@ -614,18 +611,18 @@ class Progress:
     evaluations: list = field(default_factory=list)  # their scores
 
 
-def save_progress(folder: Path, settings: Settings, rows_hash: str, progress: Progress, parts: dict):
+def save_progress(folder: Path, task: Task, progress: Progress, parts: dict):
     """Writes last.pt; the one before becomes previous.pt. `parts`: what has a state_dict, by name."""
-    content = {"format": PROGRESS_FORMAT, "settings": asdict(settings), "rows": rows_hash, "progress": asdict(progress)}
-    states = {name: part.state_dict() for name, part in parts.items()}
-    save_tensors(folder / "last.pt", content | states, keep=folder / "previous.pt")
+    content = {"format": PROGRESS_FORMAT, "settings": asdict(task.settings), "rows": task.hash}
+    content |= {"progress": asdict(progress), **{name: part.state_dict() for name, part in parts.items()}}
+    save_tensors(folder / "last.pt", content, keep=folder / "previous.pt")
 
 
-def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict, machine: Machine, say) -> Progress:
+def load_progress(folder: Path, task: Task, parts: dict) -> Progress:
     """Where to go on: what last.pt says, or previous.pt if that is damaged, once it is sure that the settings and the
     rows are the same; else the beginning."""
     found = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
-    if settings.resume and not found:
+    if task.settings.resume and not found:
         raise InputError(f"{folder}: no last.pt to go on from, as --resume wants")
     for path in found:
         try:
@@ -633,22 +630,22 @@ def load_progress(folder: Path, settings: Settings, rows_hash: str, parts: dict,
         except DamagedFile as error:
             if path is found[-1]:
                 raise
-            say(str(error))
-            machine.wait_for_all()  # till all have seen it
-            if machine.rank == 0:
+            task.say(str(error))
+            task.machine.wait_for_all()  # till all have seen it
+            if task.machine.rank == 0:
                 os.replace(path, folder / "damaged.pt")  # lest it takes the place of previous.pt
             continue
         before_all = asdict(Settings()) | content["settings"]  # a setting of today was at its default before
-        for name, value in asdict(settings).items():
+        for name, value in asdict(task.settings).items():
             before = before_all[name]
             if before != value and name not in ("data", "valid", *NOT_OPTIMISATION):
                 raise InputError(f"{path}: made with {name} = {before!r}, now {value!r}; use --fresh, or another --out")
-        if content["rows"] != rows_hash:
+        if content["rows"] != task.hash:
             raise InputError(f"{path}: made with other rows, alphas or encoder than now; use --fresh, or another --out")
         for name, part in parts.items():
             if content[name]:  # the scaler has no state but in fp16
                 part.load_state_dict(content[name])
-        say(f"{path}: going on after step {content['progress']['step']}")
+        task.say(f"{path}: going on after step {content['progress']['step']}")
         return Progress(**content["progress"])
     return Progress()
 
@@ -672,7 +669,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
     if settings.fresh and is_first and not restarted:
         remove_progress(folder)
     machine.wait_for_all()
-    progress = load_progress(folder, settings, task.hash, parts, machine, say)
+    progress = load_progress(folder, task, parts)
     trained = machine.distribute(task.model)
     lengths = task.lengths
     per_epoch = math.ceil(len(lengths) / settings.batch_size)
@@ -699,9 +696,8 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
     gc.freeze()  # what is loaded stays
     gc.enable()
     batches, max_tokens = [], settings.max_tokens
-    purge_step = progress.step + 1 if progress.step else None  # what a killed run has written beyond
-    writer = SummaryWriter(folder, purge_step=purge_step) if is_first else None
     if is_first:
+        writer = SummaryWriter(folder, purge_step=progress.step + 1)  # what a killed run has written beyond
         writer.add_text("data", f"{settings.data} {task.about['version']}")
     interval = 0.5 if sys.stderr.isatty() else 60  # a log file needs few lines
     # since the loss was last read: the sum of the losses and, of steps that were not finite, their number; in a row
@@ -716,11 +712,11 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             trained.train()
-            rest, tokens_before = (batches[place], progress.step, settings, machine, scaler), max_tokens
-            while (loss := batch_gradients(task, trained, *rest, max_tokens)) is None:
-                if max_tokens < lengths[batches[place]].min():
+            rows, tokens_before = batches[place], max_tokens
+            while (loss := batch_gradients(task, trained, rows, progress.step, scaler, max_tokens)) is None:
+                if max_tokens < lengths[rows].min():
                     raise InputError("out of memory with one sentence at a time; try a smaller --max-length or --model")
-                max_tokens = min(max_tokens, math.ceil(lengths[batches[place]].sum() / machine.world)) // 2
+                max_tokens = min(max_tokens, math.ceil(lengths[rows].sum() / machine.world)) // 2
                 task.model.zero_grad()
                 torch.cuda.empty_cache()
                 trained = None  # a DistributedDataParallel that was stopped half way cannot go on
@@ -731,7 +727,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
             loss_sum, bad, bad_in_a_row = loss_sum + loss * (1 - is_bad), bad + is_bad, (bad_in_a_row + is_bad) * is_bad
             progress.step += 1
             window_steps += 1
-            window_sentences += len(batches[place])
+            window_sentences += len(rows)
             bar.update()
 
             every = settings.eval_every or per_epoch
@@ -761,9 +757,9 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
                 for name, value in shown.items():
                     writer.add_scalar(name if "/" in name else f"train/{name}", value, progress.step)
                 if evaluating:
-                    write_summary(folder, settings, progress, task, finished=False)
+                    write_summary(folder, task, progress, finished=False)
                 if saving:
-                    save_progress(folder, settings, task.hash, progress, parts)
+                    save_progress(folder, task, progress, parts)
             if stopping or (evaluating and machine.any(stop.number > 0)):  # an evaluation may take minutes
                 say(f"stopped after step {progress.step} of {steps} and saved; the same command goes on from there")
                 machine.wait_for_all()  # torchrun ends all processes when the first one has ended
@@ -771,23 +767,23 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
             loss_sum, bad = torch.zeros_like(loss_sum), torch.zeros_like(bad)
             window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
     if is_first:
-        finish(folder, settings, progress, task, writer)
+        finish(folder, task, progress, writer)
     return progress.best
 
 
-def write_summary(folder: Path, settings: Settings, progress: Progress, task: Task, finished: bool):
-    summary = {"run": folder.name, "finished": finished, **asdict(progress), "settings": asdict(settings), **task.about}
+def write_summary(folder: Path, task: Task, progress: Progress, finished: bool):
+    summary = {"run": folder.name, "finished": finished, **asdict(progress), "settings": asdict(task.settings)}
     with atomic_write(folder / "summary.json") as file:
-        json.dump(summary, file, ensure_ascii=False, indent=1)
+        json.dump(summary | task.about, file, ensure_ascii=False, indent=1)
 
 
-def finish(folder: Path, settings: Settings, progress: Progress, task: Task, writer: SummaryWriter):
+def finish(folder: Path, task: Task, progress: Progress, writer: SummaryWriter):
     """Writes summary.json and the settings for TensorBoard's HPARAMS, and says what there is and how to go on."""
     scores = {f"best/{name}": value for name, value in progress.best.items() if name not in ("absent", "step")}
-    compared = {name: value for name, value in asdict(settings).items() if name not in NOT_OPTIMISATION}
+    compared = {name: value for name, value in asdict(task.settings).items() if name not in NOT_OPTIMISATION}
     writer.add_hparams(compared, scores, run_name=".")
     writer.close()
-    write_summary(folder, settings, progress, task, finished=True)
+    write_summary(folder, task, progress, finished=True)
     if scores:
         print(f"\n{task.describe(progress.best)}\nat step {progress.best['step']} of {progress.step}, on held-out rows")
     print(

@@ -99,8 +99,7 @@ def ours(arguments, compile=False) -> dict:
 
         def steps(batches):
             for step, rows in enumerate(batches):
-                rest = (rows, step, settings, machine, scaler, settings.max_tokens)
-                loss = batch_gradients(task, task.model, *rest)
+                loss = batch_gradients(task, task.model, rows, step, scaler, settings.max_tokens)
                 update_weights(task.model, optimizer, scaler, settings.clip_norm)
             return loss.item()
 

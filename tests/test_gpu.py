@@ -90,7 +90,7 @@ def test_a_batch_that_does_not_fit_is_done_in_parts(encoder_folder):
     def step(max_tokens):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        loss = batch_gradients(task, task.model, np.arange(1000), 0, settings, GPU, scaler, max_tokens)
+        loss = batch_gradients(task, task.model, np.arange(1000), 0, scaler, max_tokens)
         peaks.append(torch.cuda.max_memory_reserved())
         task.model.zero_grad()
         return loss and loss.item()

@@ -26,17 +26,18 @@ from tests.test_model import FAMILIES
 @pytest.fixture
 def sentences(encoder_folder, rows):
     tokenizer = load_tokenizer(str(encoder_folder))
-    examples, words, n_cut = encode_sentences([row.sentence for row in rows], tokenizer, 256)
+    examples, n_cut = encode_sentences([row.sentence for row in rows], tokenizer, 256)
     assert n_cut == 0
-    return examples, words, tokenizer
+    return examples, tokenizer
 
 
 def test_sentences_are_tokenized_by_themselves_and_cut(encoder_folder, rows):
     tokenizer = load_tokenizer(str(encoder_folder))
     texts = [rows[0].sentence, rows[1].sentence * 30, rows[2].sentence]
-    examples, words, n_cut = encode_sentences(texts, tokenizer, 64)
+    examples, n_cut = encode_sentences(texts, tokenizer, 64)
     assert (len(examples), n_cut) == (3, 1)
-    for text, example, numbers in zip(texts, examples, words):
+    for text, example in zip(texts, examples):
+        numbers = example.words
         assert example.ids.tolist() == tokenizer(text, truncation=True, max_length=64)["input_ids"]
         assert numbers[0] == numbers[-1] == -1
         pieces = tokenizer.convert_ids_to_tokens(example.ids[1:-1].tolist())
@@ -44,15 +45,15 @@ def test_sentences_are_tokenized_by_themselves_and_cut(encoder_folder, rows):
 
 
 def test_fifteen_percent_are_masked_by_whole_words(sentences):
-    examples, words, tokenizer = sentences
+    examples, tokenizer = sentences
     rows = np.arange(500)
-    batch, places, true = collate_masked(examples, words, rows, [42, 7], tokenizer)
+    batch, places, true = collate_masked(examples, rows, [42, 7], tokenizer)
     original = np.concatenate([examples[row].ids for row in batch.rows])
     assert (original[places] == true.numpy()).all()
     others = np.setdiff1d(np.arange(len(original)), places)
     assert (batch.ids.numpy()[others] == original[others]).all()
-    n_real = sum((words[row] >= 0).sum() for row in rows)
-    assert len(places) == sum(n_masked(words[row]) for row in rows)
+    n_real = sum((examples[row].words >= 0).sum() for row in rows)
+    assert len(places) == sum(n_masked(examples[row]) for row in rows)
     assert len(places) / n_real == pytest.approx(0.15, abs=0.01)
     seen = batch.ids[places]
     assert (seen == tokenizer.mask_token_id).float().mean() == pytest.approx(0.8, abs=0.03)
@@ -62,22 +63,22 @@ def test_fifteen_percent_are_masked_by_whole_words(sentences):
     chosen = np.zeros(len(original), dtype=bool)
     chosen[places] = True
     for row, start in zip(batch.rows, batch.offsets.tolist()):
-        masked = chosen[start : start + len(words[row])]
-        in_part = [w for w in range(words[row].max() + 1) if 0 < masked[words[row] == w].mean() < 1]
+        masked = chosen[start : start + len(examples[row].words)]
+        in_part = [w for w in range(examples[row].words.max() + 1) if 0 < masked[examples[row].words == w].mean() < 1]
         assert len(in_part) <= 1
 
 
 def test_what_is_masked_depends_on_seed_step_and_sentence_alone(sentences):
-    examples, words, tokenizer = sentences
-    whole, _, _ = collate_masked(examples, words, np.arange(10), [42, 7], tokenizer)
+    examples, tokenizer = sentences
+    whole, _, _ = collate_masked(examples, np.arange(10), [42, 7], tokenizer)
     for part in (np.arange(5), np.array([9, 3])):
-        batch, _, _ = collate_masked(examples, words, part, [42, 7], tokenizer)
+        batch, _, _ = collate_masked(examples, part, [42, 7], tokenizer)
         for i, row in enumerate(batch.rows):
             (j,) = np.flatnonzero(whole.rows == row)
             a, b = (x.ids[x.offsets[k] : x.offsets[k + 1]] for x, k in ((batch, i), (whole, j)))
             assert torch.equal(a, b)
     for key in ([42, 8], [43, 7]):
-        assert not torch.equal(collate_masked(examples, words, np.arange(10), key, tokenizer)[0].ids, whole.ids)
+        assert not torch.equal(collate_masked(examples, np.arange(10), key, tokenizer)[0].ids, whole.ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,8 +88,8 @@ def test_logits_are_those_of_the_architectures_own_model(family, sentences):
     config.vocab_size = 4000
     whole = transformers.AutoModelForMaskedLM.from_config(config).eval()
     model = MaskedLanguageModel(copy.deepcopy(whole)).eval()
-    examples, words, tokenizer = sentences
-    batch, places, _ = collate_masked(examples, words, np.array([5]), [1], tokenizer)
+    examples, tokenizer = sentences
+    batch, places, _ = collate_masked(examples, np.array([5]), [1], tokenizer)
     logits = model(batch, places)
     torch.testing.assert_close(logits, whole(batch.ids[None]).logits[0, places], rtol=1e-4, atol=1e-5)
     logits.square().sum().backward()

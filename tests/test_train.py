@@ -171,7 +171,7 @@ def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, co
     ours, theirs = make_optimizer(task.model, settings), make_optimizer(padded, settings)
     losses = []
     for step, rows in enumerate(training_batches(task.lengths, settings.batch_size, seed=0, epoch=0)):
-        flat = batch_gradients(task, task.model, rows, step, settings, machine, scaler, 300)
+        flat = batch_gradients(task, task.model, rows, step, scaler, 300)
         update_weights(task.model, ours, scaler, settings.clip_norm)
         chosen = [task.examples[row] for row in rows]
         ids, types, mask = (
