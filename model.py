@@ -68,7 +68,7 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
     start, middle, end, types = _special_tokens(tokenizer, pair=bool(PROMPTS[template.prompt][0]))
     kinds = {type: i for i, type in enumerate(TYPE_NAMES["en"], 1)}
     before, after = (
-        [_cut_middle(text.ids, max_length // 4) for text in backend.encode_batch(texts, add_special_tokens=False)]
+        [_cut_middle(text.ids, max_length // 4) for text in backend.encode_batch_fast(texts, add_special_tokens=False)]
         for texts in ([r.before for r in rendered], [r.after for r in rendered])
     )
     texts = backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
