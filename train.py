@@ -156,7 +156,7 @@ class Settings:
             raise InputError("--folds is for relations; with --objective mlm a tenth of the sentences is held out")
         if self.patience and self.valid == "none":
             raise InputError("--patience waits for better scores, and with --valid none there are none")
-        compiler = (os.environ.get("CXX") or "g++").split()[0]
+        compiler = (os.environ.get("CXX", "").split() or ["g++"])[0]
         if self.compile and not shutil.which(compiler):
             raise InputError(f"--compile needs a C++ compiler: found no {compiler}")
         if self.resume and self.fresh:

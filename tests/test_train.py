@@ -82,7 +82,7 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     monkeypatch.setenv("CXX", "absent")
     with pytest.raises(InputError, match="--compile needs a C"):
         parse_settings(["--compile"])
-    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("CXX", " ")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match=r"--compile needs a C.*found no g\+\+"):
         parse_settings(["--compile"])
