@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import report
 from data import KLUE_LABELS, PROMPTS, Entity, Row, Template, read_rows
-from metrics import SCORES, score, write_predictions
+from metrics import SCORES, mcnemar, score, write_predictions
 from model import add_markers, load_tokenizer
 from tests.conftest import SAMPLE
 
@@ -173,8 +173,12 @@ def test_two_sides_are_compared(folder, printed, capsys, tmp_path, monkeypatch):
     for name in ("a-1", "b-1"):
         with open(folder / name / "valid.csv", encoding="utf-8") as file:
             right[name] = [row["label"] == row["pred_label"] for row in csv.DictReader(file)]
-    only_b = sum(b and not a for a, b in zip(right["a-1"], right["b-1"]))
+    only_a, only_b = (
+        sum(one and not other for one, other in zip(right[x], right[y])) for x, y in (("a-1", "b-1"), ("b-1", "a-1"))
+    )
+    assert re.search(rf"^only A right +{only_a}$", text, re.MULTILINE)
     assert re.search(rf"^only B right +{only_b}$", text, re.MULTILINE)
+    assert f"would come with p = {mcnemar(only_a, only_b):.4f}" in text
     assert (folder / "compare/index.html").read_text().count('class="case"') == sum(
         a != b for a, b in zip(right["a-1"], right["b-1"])
     )
