@@ -379,10 +379,14 @@ def diff(old: list[Row], new: list[Row]) -> tuple[list[Row], list[Row], list[tup
         rest = {}
         for row in removed:
             rest.setdefault(SAME[what](row), []).append(row)
-        alike = [(rest[key].pop(0) if rest.get(key := SAME[what](row)) else None, row) for row in added]
-        added = [row for before, row in alike if not before]
-        removed = [row for rows in rest.values() for row in rows]
-    return added, removed, [pair for pair in alike if pair[0]]
+        pairs, alone = [], []
+        for row in added:
+            if alike := rest.get(SAME[what](row)):
+                pairs.append((alike.pop(0), row))
+            else:
+                alone.append(row)
+        added, removed = alone, [row for rows in rest.values() for row in rows]
+    return added, removed, pairs
 
 
 def print_diff(old: str, new: str):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import KLUE_LABELS, InputError, atomic_write, expect, read_csv
+from data import KLUE_LABELS, InputError, atomic_write, expect, read_csv, read_json
 
 DRAWS = 1000  # of a bootstrap
 SCORES = {"micro_f1": "micro F1", "auprc": "AUPRC", "accuracy": "accuracy"}
@@ -70,6 +70,12 @@ def read_predictions(path: str) -> Predictions:
     if not probs:
         raise InputError(f"{path}: no rows")
     return Predictions(path, list(first), predicted, np.array(probs), list(first.values()), gold or None)
+
+
+def read_summary(folder: Path) -> dict:
+    """The summary.json in a run's folder; empty where there is none."""
+    path = folder / "summary.json"
+    return read_json(path, "a run's summary") if path.exists() else {}
 
 
 def check_alike(files: list[Predictions]):
@@ -316,11 +322,12 @@ def compare(a: list[tuple], b: list[tuple], gold: np.ndarray, draws: int = DRAWS
     for name, text in SCORES.items():
         line, means = {"score": text}, []
         for title, scores, draws_of, which in zip("AB", seen, drawn, chosen):
-            scores, of_runs = ([of_run[name] for of_run in runs] for runs in (scores, draws_of))
+            scores = [of_run[name] for of_run in scores]
+            of_runs = np.array([of_run[name] for of_run in draws_of])  # (runs, draws)
             line[title] = np.mean(scores)
             if len(scores) > 1:
                 line[f"{title} ± SD"] = np.std(scores, ddof=1)
-            means.append(np.take_along_axis(np.array(of_runs), which, 0).mean(0))
+            means.append(np.take_along_axis(of_runs, which, 0).mean(0))
         difference = differences[name] = centred(name, means[1] - means[0], line["B"] - line["A"])
         beyond = min((difference <= 0).sum(), (difference >= 0).sum())
         line |= {"B - A": line["B"] - line["A"], **interval(difference)}

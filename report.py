@@ -446,12 +446,6 @@ def matching(patterns: list[str], option: str) -> list[str]:
     return paths
 
 
-def read_summary(folder: Path) -> dict:
-    """The summary.json in a run's folder; empty where there is none."""
-    path = folder / "summary.json"
-    return data.read_json(path, "a run's summary") if path.exists() else {}
-
-
 def rows_of(file: metrics.Predictions, gold: str | None, summary: dict) -> list[Row] | None:
     """The rows that a file predicts, from the file --gold or from the one that its run was trained with, if that is
     there."""
@@ -484,7 +478,7 @@ def load(paths: list[str], gold: str | None) -> Loaded:
     """Reads and checks files of predictions that belong together."""
     files = [metrics.read_predictions(path) for path in paths]
     metrics.check_alike(files)
-    summary = read_summary(Path(paths[0]).parent)
+    summary = metrics.read_summary(Path(paths[0]).parent)
     names = metrics.class_names(files, summary.get("labels"))
     rows = rows_of(files[0], gold, summary)
     told = [row.label for row in rows] if rows and None not in {row.label for row in rows} else None
@@ -575,10 +569,11 @@ def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
     all_a, all_b, no_a, no_b = right[:n_a].all(0), right[n_a:].all(0), ~right[:n_a].any(0), ~right[n_a:].any(0)
     what = {"both right": all_a & all_b, "only A right": all_a & no_b, "only B right": no_a & all_b}
     what["both wrong"] = no_a & no_b
-    counts = [{"rows": name, "count": int(which.sum())} for name, which in what.items()]
+    number = {name: int(which.sum()) for name, which in what.items()}
+    counts = [{"rows": name, "count": n} for name, n in number.items()]
     note = "Rows on which all runs of a side agree."
     if len(a) == len(b) == 1:
-        p = metrics.mcnemar(counts[1]["count"], counts[2]["count"])
+        p = metrics.mcnemar(number["only A right"], number["only B right"])
         luck = "hardly luck" if p < 0.05 else "it could be luck"
         note = f"McNemar's exact test: by luck, a split as uneven would come with p = {p:.4f}: {luck}."
     sections.append(Section("Right and wrong", note, counts, bar_figure(counts, ["count"], "rows")))

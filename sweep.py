@@ -25,7 +25,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from data import InputError, Parser, exit_on_bad_input, first_line, read_json, read_text
-from report import read_summary, text_table
+from metrics import read_summary
 from train import PROGRESS_FILES, Settings, flag, parse_settings, remove_progress
 
 HERE = Path(__file__).parent
@@ -179,6 +179,8 @@ def table(study: optuna.Study, space: dict) -> list[dict]:
 
 def show(study: optuna.Study, space: dict, folder: Path, arguments: list[str]):
     """Prints the table, the importance of each setting and the command that trains the best again."""
+    from report import text_table  # what draws takes a second to import, which the start need not wait for
+
     print(f"\n{text_table(table(study, space))}")
     best = best_first(study)
     if len(best) >= 2:
