@@ -178,7 +178,6 @@ def test_two_sides_are_compared(folder, printed, capsys, tmp_path, monkeypatch):
     )
     assert re.search(rf"^only A right +{only_a}$", text, re.MULTILINE)
     assert re.search(rf"^only B right +{only_b}$", text, re.MULTILINE)
-    assert f"would come with p = {mcnemar(only_a, only_b):.4f}" in text
     assert (folder / "compare/index.html").read_text().count('class="case"') == sum(
         a != b for a, b in zip(right["a-1"], right["b-1"])
     )
@@ -187,6 +186,12 @@ def test_two_sides_are_compared(folder, printed, capsys, tmp_path, monkeypatch):
     text = capsys.readouterr().out
     assert "A ± SD" in text
     assert "McNemar" not in text
+    write_run(folder / "c", read_rows("train.csv"), 5, 2.3)
+    program(report.metrics_report, "a-1/valid.csv", "c/valid.csv", "--out", tmp_path)
+    text = capsys.readouterr().out
+    only_a, only_b = (int(re.search(rf"^only {side} right +(\d+)$", text, re.MULTILINE)[1]) for side in "AB")
+    assert 0.01 < mcnemar(only_a, only_b) < 0.99
+    assert f"would come with p = {mcnemar(only_a, only_b):.4f}" in text
 
 
 @pytest.mark.parametrize(
