@@ -98,6 +98,39 @@ def test_flat_states_equal_padded_states(family, training):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"deberta-v2"} | DECODERS.keys()))
+def test_a_gpus_kernel_is_asked_for_the_same_attention(family, monkeypatch):
+    """The kernel itself takes a GPU (tests/test_gpu.py); here one stands in for it that does what its documentation
+    says, sentence by sentence, and refuses what it refuses."""
+    n_calls = 0
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        nonlocal n_calls
+        n_calls += 1
+        assert query.shape == key.shape == value.shape
+        assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        assert max_q == max_k == cu_seq_q.diff().max()
+        out = []
+        for q, k, v in zip(*(x.split(cu_seq_q.diff().tolist()) for x in (query, key, value))):
+            ahead = torch.arange(len(q)) - torch.arange(len(q))[:, None]  # of the query, the key is
+            left, right = (width if width >= 0 else len(q) for width in window_size)
+            seen = (-left <= ahead) & (ahead <= right)
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            out.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(0, 1))
+        return torch.cat(out)
+
+    model = RelationModel(encoder_of(family), 30).double()  # in fp32 the kernel is not asked
+    batch = collate(examples_of((7, 30, 7, 13, 25, 25)), np.arange(6))
+    expected = model.encode(batch)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    states = model.encode(batch)
+    assert n_calls == 3
+    torch.testing.assert_close(states, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES | DECODERS)
 def test_states_of_some_tokens_equal_those_among_all(family):
     model = RelationModel(encoder_of(family), 30)
