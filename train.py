@@ -122,7 +122,7 @@ class Settings:
     warmup_ratio: float = setting(0.06, "share of the steps in which the learning rate rises, to fall to 0 then", 0, 1)
     beta2: float = setting(0.98, "AdamW's second beta", 0, 0.999999)
     weight_decay: float = setting(0.01, "AdamW's weight decay (none on biases and norms)", 0, math.inf)
-    clip_norm: float = setting(1.0, "gradients are scaled down to this norm", 0, math.inf)
+    clip_norm: float = setting(1.0, "gradients of a larger norm are scaled down to this; 0: not at all", 0, math.inf)
     label_smoothing: float = setting(0.0, "share of the target spread over all labels", 0, 1)
     focal_gamma: float = setting(0.0, "gamma of the focal loss; 0: cross entropy", 0, math.inf)
     focal_alpha: str = setting("", "JSON file {label: alpha} of the focal loss; labels not in it have 1")
@@ -590,7 +590,7 @@ def batch_gradients(task, model, rows, step, scaler, max_tokens):
 def update_weights(model, optimizer, scaler, clip_norm: float) -> torch.Tensor:
     """A step of the optimiser, left out where the gradient is not finite; returns 1 if so, else 0, on the device."""
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
     is_bad = 1 - norm.isfinite().float()
     if not scaler.is_enabled():
         optimizer.found_inf = is_bad  # as GradScaler has a fused optimiser skip a step: no wait for the device

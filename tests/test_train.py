@@ -193,6 +193,16 @@ def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, co
     np.testing.assert_allclose(curves[:, 0], curves[:, 1], rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(("clip_norm", "norm"), [(1.0, 1.0), (50.0, 10.0), (0.0, 10.0)])
+def test_gradients_of_a_larger_norm_are_scaled_down(clip_norm, norm):
+    model = torch.nn.Linear(5, 5, bias=False)
+    before, model.weight.grad = model.weight.detach().clone(), torch.full((5, 5), 2.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert update_weights(model, optimizer, scaler, clip_norm) == 0
+    assert (model.weight - before).norm().item() == pytest.approx(norm, rel=1e-4)
+
+
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 
