@@ -62,7 +62,7 @@ def first_line(error: Exception) -> str:
 
 
 def exit_on_bad_input(main):
-    """Makes bad input or a failing disk one line on stderr and exit code 2, said once on each machine."""
+    """Makes bad input or a failing disk one line on stderr, of the first process on a machine, and exit code 2."""
 
     @functools.wraps(main)
     def program():
@@ -424,7 +424,7 @@ def download(folder: Path, hub: str):
 
 def clean(rows: list[Row], negative: str = "no_relation") -> tuple[list[Row], list[Row]]:
     """Rows without repeats, and those removed. Of equal rows the first stays; of rows alike but for the label the
-    one with a relation, between two relations the later (what the report's authors decided by hand)."""
+    one with a relation, between two relations the later (what the wrap-up report's authors decided by hand)."""
     distinct, kept = {}, {}
     for row in rows:
         distinct.setdefault((row.sentence, row.subject, row.object, row.label), row)

@@ -92,7 +92,8 @@ def restarts() -> int:
 
 @contextmanager
 def running(amp: str):
-    """Joins the processes of torchrun, if any, for the length of a block; `amp`: auto, off, bf16 or fp16."""
+    """Yields this process's Machine, joined to the others of torchrun for the length of the block; `amp`: auto,
+    off, bf16 or fp16."""
     cuda, place = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if cuda and here > torch.cuda.device_count():
@@ -158,8 +159,8 @@ class StopSignal:
 
 @torch.inference_mode()
 def predict(model: RelationModel, examples: list[Example], machine: Machine, max_tokens=16384):
-    """Probabilities (rows, n_labels) as float64 for all examples on every rank, each computed on one of them. On a CPU
-    it takes at most 4,096 tokens at a time."""
+    """Probabilities (N, n_labels) as float64, in the order of the examples and not scaled, all of them on every rank,
+    which computes a part. On a CPU it takes at most 4,096 tokens at a time. InputError where some are not finite."""
     model.eval()
     if machine.device.type == "cpu":
         max_tokens = min(max_tokens, 4096)  # these stay in the caches: a tenth faster than 16,384
@@ -241,7 +242,7 @@ def mean_of(paths: list[str], rows: list[Row], machine: Machine, max_tokens: int
 
 
 def predict_rows(checkpoint: dict, rows: list[Row], machine: Machine, max_tokens: int) -> np.ndarray:
-    """Probabilities (rows, labels) on every rank."""
+    """Probabilities (rows, labels) on every rank, the negative label's scaled as the checkpoint says."""
     settings = checkpoint["settings"]
     model, tokenizer = restore(checkpoint)
     template = Template(settings["marker"], settings["prompt"], settings["type_names"])

@@ -1,10 +1,10 @@
 """The scores of KLUE-RE, computed as KLUE's authors define them (Park et al. 2021, KLUE, section 3.5), and what is
 behind them: intervals, labels, confusions, groups of rows, and whether one model is better than another.
 
-    scores = score(probs, gold)          # {"micro_f1": 71.2, "auprc": 74.0, "accuracy": 70.3}
+    scores = score(probs, gold)          # {"micro_f1": 71.2, "auprc": 74.0, "accuracy": 70.3, "absent": []}
     print(describe(scores, labels))      # one line for people, that names the classes left out of the AUPRC
 
-All are percentages. Label 0 is the negative one (no_relation). As tables, figures and a page (report.py does the work):
+All but "absent" are percentages. Label 0 is the negative one (no_relation). By report.py tables, figures and a page:
 
     python metrics.py runs/demo/valid.csv                                    # a run's validation rows
     python metrics.py out/x.csv --gold data/dev.csv                          # a submission, if the labels are known

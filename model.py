@@ -13,7 +13,7 @@ inside `FlatEncoder`, on which `RelationModel` and, for pre-training, `MaskedLan
     loss = relation_loss(logits, batch.labels).sum()
 
     checkpoint = load_checkpoint("runs/demo/ckpt.pt")                      # tensors and plain values, no code is run
-    model, tokenizer = restore(checkpoint)                                 # infer.predict_rows predicts with it
+    model, tokenizer = restore(checkpoint)                                 # as infer.predict_rows does, and predicts
 """
 
 import json
@@ -59,8 +59,9 @@ class Example(NamedTuple):
 def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):
     """(examples, number of sentences cut) for a fast Hugging Face tokenizer.
 
-    An input over `max_length` tokens loses context, never an entity or a mark: kept are the marks, then the words of
-    the entities, then the tokens nearest to either. A prompt takes at most a quarter of it on each side.
+    Of an input over `max_length` tokens the marks are kept, then the words of the entities (of words longer than the
+    room the ends), then the tokens nearest to either. A prompt takes at most a quarter of it on each side. Raises
+    InputError where the marks alone take more.
     """
     backend = tokenizer.backend_tokenizer  # transformers' own call takes twice the time around it
     rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
@@ -138,7 +139,7 @@ def collate_masked(examples: list[Example], rows, key: list[int], tokenizer):
 
     As Devlin et al. 2019: of the tokens chosen 80 % become the mask token, 10 % any token, 10 % stay. They are chosen
     by whole words, the last one in part where it has more tokens than are left to mask. What is masked is a pure
-    function of `key` and the example.
+    function of `key`, the example and its index.
     """
     masked, places = {}, {}
     for row in rows:
@@ -317,7 +318,8 @@ AttentionInterface.register("flat", flat_attention)  # and no kind of mask with 
 
 def load_encoder(name: str, added_tokens: range = range(0)) -> nn.Module:
     """A pretrained encoder by its folder or its name on the Hugging Face hub, with fp32 weights whatever the files
-    hold. The embeddings of `added_tokens`, ids behind those that the encoder has learned, start as their mean."""
+    hold. The embeddings of `added_tokens`, ids behind those that the encoder has learned, start as the mean of the
+    learned ones."""
     encoder = _load(AutoModel, name, dtype=torch.float32)
     if added_tokens:
         mean = encoder.get_input_embeddings().weight.detach()[: added_tokens.start].mean(0)
@@ -474,10 +476,10 @@ class FlatEncoder(nn.Module):
 class RelationModel(FlatEncoder):
     """Encoder and head; maps a Batch to logits (B, n_labels).
 
-    head: "cls" reads the first token; "entity" the first token and the opening marks of subject and object, in a
-    decoder, where only later tokens know, the last token and the closing marks; "bilstm" and "bigru" the last forward
-    and the last backward state of an RNN over the sentence. norm ("layer", "batch", "none"), gelu and dropout act on
-    what is read, before the classifier.
+    head: "cls" reads the first token, "entity" the opening marks of subject and object too; in a decoder, where only
+    later tokens know, they read the last token and the closing marks instead. "bilstm" and "bigru" read the last
+    forward and the last backward state of an RNN over the sentence. norm ("layer", "batch", "none"), gelu and dropout
+    act on what is read, before the classifier.
     """
 
     def __init__(
@@ -547,7 +549,7 @@ class RelationModel(FlatEncoder):
 
 class MaskedLanguageModel(FlatEncoder):
     """Encoder and the head that guesses masked tokens, of any architecture that transformers has one for; maps a Batch
-    and the places of the masked tokens (M,) to logits (M, vocabulary)."""
+    and the flat indices of the masked tokens (M,) to logits (M, vocabulary)."""
 
     def __init__(self, language_model):
         super().__init__(language_model.base_model)
@@ -590,7 +592,7 @@ def save_tensors(path: str | Path, content: dict, keep: Path | None = None):
 
 
 def save_checkpoint(path: str | Path, model: RelationModel, tokenizer, labels: list[str], **more):
-    """Writes all that `infer.py` needs; `more` (settings, run, data, ...) takes tensors and plain values only."""
+    """Writes what `infer.py` needs, if `more` has settings, run, data and negative_factor: tensors and plain values."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {f.name: f.read_text(encoding="utf-8") for f in Path(folder).iterdir()}

@@ -361,7 +361,8 @@ def token_lengths(files: dict[str, list[Row]], template: Template, model: str) -
 
 
 def data_sections(files: dict[str, list[Row]], lengths: dict[str, np.ndarray] | None, how: str, limit: int):
-    """The parts of the report on one or two files; `lengths` in tokens if they were counted, and of what."""
+    """The parts of the report on one or two files. lengths: in tokens, or None; how: what was counted; limit:
+    --max-length."""
     names, sections = list(files), []
     labelled = {name: rows for name, rows in files.items() if any(row.label for row in rows)}
     columns = {
@@ -447,8 +448,8 @@ def matching(patterns: list[str], option: str) -> list[str]:
 
 
 def rows_of(file: metrics.Predictions, gold: str | None, summary: dict) -> list[Row] | None:
-    """The rows that a file predicts, from the file --gold or from the one that its run was trained with, if that is
-    there."""
+    """The rows that a file predicts: of --gold, else of the file that its run validated on or that it split, or None if
+    that is not there. InputError for an id that is not in it."""
     settings = summary.get("settings", {})
     if gold is None:
         try:

@@ -1,6 +1,6 @@
 """Searches for good settings: Optuna proposes them, train.py tries them out.
 
-    python sweep.py --trials 20                                        # the report's space, KLUE-RE in data/
+    python sweep.py --trials 20                                        # the wrap-up report's space
     python sweep.py --trials 8 --space space.json -- --model DIR --limit 2000 --epochs 1
     python sweep.py --trials 20 --storage postgresql://USER:PASSWORD@HOST/DATABASE     # on each of many machines
 
@@ -29,7 +29,7 @@ from metrics import read_summary
 from train import PROGRESS_FILES, Settings, flag, parse_settings, remove_progress
 
 HERE = Path(__file__).parent
-SPACE = {  # what the report searched
+SPACE = {  # what the wrap-up report searched
     "marker": ["none", "entity_marker", "entity_marker_punct", "typed_entity_marker", "typed_entity_marker_punct"],
     "prompt": ["none", "s_sep_o", "s_and_o", "quiz", "problem"],
     "type_names": ["en", "ko"],
@@ -125,7 +125,7 @@ def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: li
     try:
         while training.poll() is None and not pruned:
             time.sleep(POLL)
-            report(trial, read_summary(folder))
+            report_scores(trial, read_summary(folder))
             pruned = trial.should_prune()
     finally:
         if training.poll() is None:
@@ -133,7 +133,7 @@ def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: li
             training.wait()
     summary = read_summary(folder)
     if training.returncode == 0 and summary.get("finished"):
-        report(trial, summary)
+        report_scores(trial, summary)
         study.tell(trial, summary["best"][summary["settings"]["best_metric"]])
     else:
         study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
@@ -148,7 +148,7 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def report(trial: Trial, summary: dict):
+def report_scores(trial: Trial, summary: dict):
     """Tells the study the evaluations that it does not know yet, numbered from 1."""
     known = len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
     for number, scores in enumerate(summary.get("evaluations", []), 1):

@@ -10,6 +10,7 @@
 
 A run leaves runs/<name>/: ckpt.pt (the best evaluation's model, all that infer.py needs), valid.csv (its predictions
 on the validation rows), summary.json, what TensorBoard shows, and last.pt, from which the same command goes on.
+With --objective mlm it leaves encoder/ in place of the first two.
 """
 
 import argparse
@@ -69,7 +70,7 @@ PRESETS = {
     "report": {"head": "cls", "lr": 2e-5, "layer_decay": 1.0},
 }
 PROGRESS_FILES = ("last.pt", "previous.pt", "damaged.pt")
-BAD_STEPS = 20  # in a row that stop a run; fp16 skips a few at its start until it has found its scale
+BAD_STEPS = 20  # skipped in a row that stop a run; fp16 skips a few at its start until it has found its scale
 
 
 def setting(default, help: str, *allowed, bare=None):
@@ -88,10 +89,10 @@ class Settings:
                         "hub:OWNER/NAME@REVISION[:CONFIG]")  # fmt: skip
     valid: str = setting("", "file to validate on, instead of a split of the training rows; none: train on all of them")
     split: str = setting("test-like", "9:1, like the test set as far as that can be; or 8:2", "test-like", "stratified")
-    folds: int = setting(0, "validate on one of this many folds instead, of whole sentences; 0: none", 0, math.inf)
+    folds: int = setting(0, "validate on one of this many folds, of whole sentences, instead; 0: none", 0, math.inf)
     fold: int = setting(0, "which fold to validate on, from 0", 0, math.inf)
-    no_relation_share: float = setting(0.0, "share of the negative label in test-like rows and in predictions; 0: 0.6 "
-                                       "for KLUE-RE's labels, for others that of the file", 0, 1)  # fmt: skip
+    no_relation_share: float = setting(0.0, "share of the negative label in test-like validation rows and predictions; "
+                                       "0: 0.6 for KLUE-RE's labels, for others that of the file", 0, 1)  # fmt: skip
     clean: bool = setting(True, "leave out repeated training rows and settle those that contradict each other")
     skip_bad_rows: bool = setting(False, "leave wrong rows out and count them, instead of stopping at the first")
     negative_label: str = setting("no_relation", "the label that means none of the others")
@@ -101,7 +102,7 @@ class Settings:
     marker: str = setting("typed_entity_marker_punct", "how the entities are marked", *MARKERS)
     prompt: str = setting("s_and_o", "what is said beside the sentence", *PROMPTS)
     type_names: str = setting("en", "language of the entity types in typed markers", *TYPE_NAMES)
-    max_length: int = setting(256, "tokens an input may have; longer ones lose context, no entity", 64, math.inf)
+    max_length: int = setting(256, "tokens an input may have; of longer ones the marks and entities stay", 64, math.inf)
     # model
     objective: str = setting("relation", "what is learned; mlm: masked tokens of the sentences, before fine-tuning",
                              "relation", "mlm")  # fmt: skip
@@ -110,16 +111,16 @@ class Settings:
     norm: str = setting("layer", "normalisation before the classifier", "layer", "batch", "none")
     gelu: bool = setting(False, "a GELU before the classifier")
     dropout: float = setting(0.0, "dropout before the classifier (the encoder has its own)", 0, 0.99)
-    entity_embedding: str = setting("none", "vectors added to the input embeddings: plain (also the option by itself), "
-                                    "for subject, object, neither; typed, for the types too",
+    entity_embedding: str = setting("none", "learned vectors added to the input embeddings; plain, which the option "
+                                    "alone means: for subject, object, neither; typed: for their types too",
                                     "none", "plain", "typed", bare="plain")  # fmt: skip
     # optimisation
     batch_size: int = setting(64, "sentences an optimiser step, over all processes together", 1, math.inf)
     epochs: int = setting(5, "times that every training row is seen", 1, math.inf)
     lr: float = setting(0.0, "highest learning rate; 0: 4e-5 for 1,024 hidden units, more for fewer", 0, math.inf)
-    layer_decay: float = setting(0.0, "a layer's learning rate as a share of that of the layer above; 0: 0.85 in an "
-                                 "encoder of 12 layers, as much top to bottom in others (mlm: 1)", 0, 1)  # fmt: skip
-    warmup_ratio: float = setting(0.06, "share of the steps in which the learning rate rises, to fall to 0 then", 0, 1)
+    layer_decay: float = setting(0.0, "factor of the learning rate from a layer to the one below; 0: 0.85 in an "
+                                 "encoder of 12 layers, in others as much top to bottom (mlm: 1)", 0, 1)  # fmt: skip
+    warmup_ratio: float = setting(0.06, "share of the steps in which the learning rate rises; then it falls to 0", 0, 1)
     beta2: float = setting(0.98, "AdamW's second beta", 0, 0.999999)
     weight_decay: float = setting(0.01, "AdamW's weight decay (none on biases and norms)", 0, math.inf)
     clip_norm: float = setting(1.0, "gradients of a larger norm are scaled down to this; 0: not at all", 0, math.inf)
@@ -129,8 +130,9 @@ class Settings:
     seed: int = setting(42, "of the order of batches, new weights and dropout", 0, 2**32 - 1)
     seeds: int = setting(1, "one run for each of this many seeds from --seed on, and the mean of their scores", 1, 100)
     # the run
-    amp: str = setting("auto", "precision; auto: half where the device is good at it", "auto", "off", "bf16", "fp16")
-    max_tokens: int = setting(16384, "tokens at a time on a device; a larger batch is done in parts", 1, math.inf)
+    amp: str = setting("auto", "mixed precision; auto: bf16, or without it fp16 on GPUs and off on CPUs",
+                       "auto", "off", "bf16", "fp16")  # fmt: skip
+    max_tokens: int = setting(16384, "tokens at a time on a device; a larger batch is accumulated", 1, math.inf)
     compile: bool = setting(False, "torch.compile of the encoder's layers; for GPUs, on CPUs it is slower")
     eval_every: int = setting(0, "steps between evaluations; 0: at the end of each epoch", 0, math.inf)
     best_metric: str = setting("micro_f1", "which score decides what ckpt.pt holds", "micro_f1", "auprc")
@@ -165,7 +167,7 @@ class Settings:
             raise InputError("--resume and --fresh contradict each other")
 
     def name(self) -> str:
-        """The run's name: encoder and head, and every setting that is not at its default."""
+        """The run's name: encoder, head, and the settings not at their defaults that say what is optimised."""
         model = Path(self.model)
         name = model.parent.name if model.name == "encoder" else ""  # as of runs/tapt/encoder
         parts = [name or model.name, self.head]
@@ -177,14 +179,14 @@ class Settings:
         return "-".join(parts)
 
     def test_like(self) -> bool:
-        """Whether validation rows and predictions are to be like KLUE-RE's test set."""
+        """Whether a split is to be like KLUE-RE's test set, and predictions (with --valid too)."""
         return self.split == "test-like" and not self.folds
 
     def folder(self) -> Path:
         return Path(self.out) if self.out else Path("runs") / self.name()
 
 
-# settings that a run may change when it goes on: they do not say what is optimised
+# settings that do not say what is optimised: not in a run's name, and free to change when it goes on
 NOT_OPTIMISATION = ("preset", "seeds", "max_tokens", "compile", "eval_every", "save_every", "out", "resume", "fresh",
                     "demo", "deterministic")  # fmt: skip
 DEMO = {"data": str(Path(__file__).parent / "tests" / "sample"), "out": "runs/demo", "split": "stratified",
@@ -224,8 +226,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 
 
 def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row], float, list[str], dict]:
-    """(training rows, validation rows, rows that the predictions' share of the negative label is set on, that share,
-    labels, version of the data), as the settings say; `say` prints what is done."""
+    """(training rows, validation rows, rows on which the negative label's scaling is found, its share there, labels,
+    version of the data), as the settings say; `say` prints what is done."""
     skipped = [] if settings.skip_bad_rows else None
     path = data.data_file(settings.data, "train")
     rows = data.read_rows(path, skipped)
@@ -286,8 +288,10 @@ def focal_alpha(settings: Settings, labels: list[str], device: torch.device) -> 
 class Task:
     """What a run learns: examples, a model for them, a loss and scores. On each process.
 
-    lengths, n_targets: tokens of each training example, and predictions that it asks for (N,). hash: of all that the
-    training depends on beside the settings. about: the data's version and more for summary.json.
+    A task sets lengths and n_targets, of each training example the tokens and the terms of its loss (N,); hash, of all
+    that the training depends on beside the settings; about, the data's version and more for summary.json. It has loss
+    (a sum), evaluate (on every rank; {} where nothing is scored), merit (more is better), describe, save and
+    next_commands.
     """
 
     decay_of_12_layers = 0.85  # of the learning rate
@@ -330,7 +334,8 @@ class Task:
 
 def fingerprint(model: FlatEncoder, tokenizer) -> str:
     """Tells encoders apart that were at the same place at different times: the bits of their weights, added up, and
-    the tokenizer. (The input embeddings are left out: those of added tokens are means, which threads round.)"""
+    the tokenizer. (The input embeddings are left out: those of added tokens are means, whose rounding
+    depends on the number of threads.)"""
     parameters = (p for p in model.encoder.parameters() if p is not model.encoder.get_input_embeddings().weight)
     return f"{sum(int(p.detach().view(torch.int32).sum()) for p in parameters)} {tokenizer.backend_tokenizer.to_str()}"
 
@@ -522,8 +527,8 @@ def make_optimizer(model: FlatEncoder, settings: Settings) -> torch.optim.AdamW:
 
 
 def layers_above(name: str, n_layers: int) -> int:
-    """How many layers, the head counted as one, a parameter's output goes through; all architectures number theirs.
-    What is new, the vectors of --entity-embedding too, counts as the head."""
+    """How many layers, the head counted as one, a parameter's output goes through, by the number in its name. What is
+    new, the vectors of --entity-embedding too, counts as the head."""
     if not name.startswith("encoder."):
         return 0
     if re.match(r"encoder\.(norm|final_norm|ln_f)\.", name):  # behind the last layer
@@ -588,7 +593,8 @@ def batch_gradients(task, model, rows, step, scaler, max_tokens):
 
 
 def update_weights(model, optimizer, scaler, clip_norm: float) -> torch.Tensor:
-    """A step of the optimiser, left out where the gradient is not finite; returns 1 if so, else 0, on the device."""
+    """A step of the optimiser, left out where the gradient is not finite; returns 1 if it was left out, else 0, on the
+    device."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
     is_bad = 1 - norm.isfinite().float()
@@ -608,7 +614,7 @@ class Progress:
     sentences: int = 0  # trained on, all epochs together
     seconds: float = 0.0  # spent in those steps
     skipped: int = 0  # steps whose gradient was not finite
-    best: dict | None = None  # scores of the model in ckpt.pt
+    best: dict | None = None  # scores of the model saved
     without_gain: int = 0  # evaluations since
     evaluations: list = field(default_factory=list)  # their scores
 
@@ -621,8 +627,8 @@ def save_progress(folder: Path, task: Task, progress: Progress, parts: dict):
 
 
 def load_progress(folder: Path, task: Task, parts: dict) -> Progress:
-    """Where to go on: what last.pt says, or previous.pt if that is damaged, once it is sure that the settings and the
-    rows are the same; else the beginning."""
+    """The progress to go on from, its states loaded into `parts`: of last.pt, or of previous.pt where that is damaged
+    or missing; where there is neither, that of a beginning. InputError where settings or rows are others now."""
     found = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
     if task.settings.resume and not found:
         raise InputError(f"{folder}: no last.pt to go on from, as --resume wants")
@@ -702,7 +708,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
         writer = SummaryWriter(folder, purge_step=progress.step + 1)  # what a killed run has written beyond
         writer.add_text("data", f"{settings.data} {task.about['version']}")
     interval = 0.5 if sys.stderr.isatty() else 60  # a log file needs few lines
-    # since the loss was last read: the sum of the losses and, of steps that were not finite, their number; in a row
+    # since the loss was last read: the sum of the losses, and the steps skipped; those skipped without one between
     loss_sum, bad, bad_in_a_row = torch.zeros(3, device=machine.device).unbind()
     window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
     with tqdm(total=steps, initial=progress.step, unit="step", mininterval=interval, disable=not is_first) as bar:
@@ -791,7 +797,7 @@ def finish(folder: Path, task: Task, progress: Progress, writer: SummaryWriter):
     print(
         f"trained on {progress.sentences} sentences in {progress.seconds:.0f} s, "
         f"{progress.sentences / progress.seconds:.1f} a second\n"
-        f"to go on:\n{task.next_commands([folder])}"
+        f"next:\n{task.next_commands([folder])}"
     )
 
 
@@ -817,7 +823,7 @@ def main():
         runs = [train(one, machine, stop) for one in each]
         names = [name for name in runs[0] if name not in ("absent", "step")]
         if machine.rank == 0:
-            print(f"\nto go on with all:\n{TASKS[settings.objective].next_commands([one.folder() for one in each])}")
+            print(f"\nnext, with all:\n{TASKS[settings.objective].next_commands([one.folder() for one in each])}")
         if machine.rank == 0 and names:
             print(f"\nseeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation:")
             for name in names:
