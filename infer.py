@@ -56,7 +56,7 @@ class Machine:
     device: torch.device
     amp: torch.dtype | None  # what autocast computes in
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -65,23 +65,23 @@ class Machine:
         """The model, wrapped so that the backward pass exchanges gradients where there are several processes."""
         with warnings.catch_warnings():  # torch 2.13 has another name for it, which those before do not know
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            return DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
+            return DistributedDataParallel(model, broadcast_buffers=False) if self.world_size > 1 else model
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes, in place."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, holds: bool) -> bool:
         """Whether something holds on any process. Costs no wait for a GPU: it is asked over the CPU."""
-        if self.world == 1:
+        if self.world_size == 1:
             return holds
         flag = torch.tensor(int(holds))
         dist.all_reduce(flag)
         return flag.item() > 0
 
-    def wait_for_all(self):
+    def barrier(self):
         self.any(False)
 
 
@@ -119,14 +119,14 @@ def running(amp: str):
     if not cuda and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # what torchrun sets where nobody else has
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    store, rank, world = next(rendezvous("env://"))
+    store, rank, world_size = next(rendezvous("env://"))
     # torchrun's store outlives a restart: what the processes before have left there must not be taken for fresh
     # (pytorch issue 135712)
-    life = restarts() if world == here else ""
-    dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world)
+    life = restarts() if world_size == here else ""
+    dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world_size)
     failed = False
     try:
-        yield replace(machine, rank=rank, world=world)
+        yield replace(machine, rank=rank, world_size=world_size)
     except BaseException as end:
         failed = isinstance(end, Exception)
         traceback.clear_frames(end.__traceback__)
@@ -165,13 +165,13 @@ def predict(model: RelationModel, examples: list[Example], machine: Machine, max
     if machine.device.type == "cpu":
         max_tokens = min(max_tokens, 4096)  # these stay in the caches: a tenth faster than 16,384
     lengths = np.array([len(e.ids) for e in examples])
-    batches = within_tokens(np.arange(len(examples)), lengths, max_tokens)[machine.rank :: machine.world]
+    batches = within_tokens(np.arange(len(examples)), lengths, max_tokens)[machine.rank :: machine.world_size]
     probs = torch.zeros(len(examples), model.classifier.out_features, dtype=torch.float64, device=machine.device)
-    for rows in tqdm(batches, unit="batch", leave=False, disable=machine.rank > 0 or None):  # None: on a terminal
-        batch = collate(examples, rows).to(machine.device)
+    for indices in tqdm(batches, unit="batch", leave=False, disable=machine.rank > 0 or None):  # None: on a terminal
+        batch = collate(examples, indices).to(machine.device)
         with machine.autocast():
             logits = model(batch)
-        probs[to_device(torch.from_numpy(batch.rows), machine.device)] = logits.double().softmax(1)
+        probs[to_device(torch.from_numpy(batch.indices), machine.device)] = logits.double().softmax(1)
     probs = machine.sum(probs).cpu().numpy()
     if not np.isfinite(probs).all():
         n_bad = (~np.isfinite(probs)).any(1).sum()

@@ -9,7 +9,7 @@ inside `FlatEncoder`, on which `RelationModel` and, for pre-training, `MaskedLan
     model = RelationModel(encoder, n_labels=30, head="bilstm")
     examples, n_cut = encode(rows, Template(), tokenizer, KLUE_LABELS, max_length=256)
     batch = collate(examples, range(64))
-    logits = model(batch)                                                  # (64, 30), in the order of batch.rows
+    logits = model(batch)                                                  # (64, 30), in the order of batch.indices
     loss = relation_loss(logits, batch.labels).sum()
 
     checkpoint = load_checkpoint("runs/demo/ckpt.pt")                      # tensors and plain values, no code is run
@@ -42,18 +42,15 @@ from data import PROMPTS, TYPE_NAMES, InputError, Row, Template, atomic_write, f
 
 
 class Example(NamedTuple):
-    """A row for the encoder: token ids (L,), their segment 0 or 1 (L,), the tokens at which the marks of subject and
-    object open, the label's number (-1 where there is none), the last tokens of the closing marks, and what each token
-    belongs to (2, L): nothing 0, the subject 1 or the object 2; and the entity's type, 1 + its place in TYPE_NAMES, or
-    0 for another. To mask tokens: the number of the word that each is part of, -1 for added ones (L,)."""
+    """A row for the encoder, of L tokens."""
 
-    ids: np.ndarray
-    types: np.ndarray
-    marks: tuple[int, int]
-    label: int
-    closings: tuple[int, int]
-    entities: np.ndarray
-    words: np.ndarray | None = None
+    ids: np.ndarray  # (L,) token ids
+    segments: np.ndarray  # (L,) 0 or 1, as token_type_ids
+    openings: tuple[int, int]  # the tokens at which the marks of subject and object open
+    label: int  # its number, -1 where there is none
+    closings: tuple[int, int]  # the last tokens of the closing marks
+    entities: np.ndarray  # (2, L) 0, of the subject 1, of the object 2; the type, 1 + its place in TYPE_NAMES, or 0
+    words: np.ndarray | None = None  # (L,) to mask tokens: the number of a token's word, -1 for special tokens
 
 
 def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):
@@ -66,8 +63,8 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
     backend = tokenizer.backend_tokenizer  # transformers' own call takes twice the time around it
     rendered = [template.render(row, tokenizer.sep_token or tokenizer.eos_token or "") for row in rows]
     number = {label: i for i, label in enumerate(labels)}
-    start, middle, end, types = _special_tokens(tokenizer, pair=bool(PROMPTS[template.prompt][0]))
-    kinds = {type: i for i, type in enumerate(TYPE_NAMES["en"], 1)}
+    start, middle, end, segment_ids = _special_tokens(tokenizer, pair=bool(PROMPTS[template.prompt][0]))
+    type_number = {type: i for i, type in enumerate(TYPE_NAMES["en"], 1)}
     before, after = (
         [_cut_middle(text.ids, max_length // 4) for text in backend.encode_batch_fast(texts, add_special_tokens=False)]
         for texts in ([r.before for r in rendered], [r.after for r in rendered])
@@ -77,28 +74,28 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
     for i, r in enumerate(rendered):
         ids, offsets = texts[i].ids, texts[i].offsets
         # the last token that starts where a mark opens, or before: a "▁" of its own may start there too
-        marks = [max(bisect_right(offsets, (span[0], math.inf)) - 1, 0) for span in r.spans]
+        openings = [max(bisect_right(offsets, (span[0], math.inf)) - 1, 0) for span in r.spans]
         closings = [max(bisect_left(offsets, (len(r.text[: span[3]].rstrip()),)) - 1, 0) for span in r.spans]
-        entities = _entities(offsets, r.spans, rows[i], template.marker == "entity_mask", kinds)
+        entities = _entities(offsets, r.spans, rows[i], template.marker == "entity_mask", type_number)
         room = max_length - len(start) - len(before[i]) - len(middle) - len(after[i]) - len(end)
         if len(ids) > room:
             keep = _nearest_to_marks(np.array(offsets), r.spans, room, rows[i].where)
             ids = [ids[k] for k in keep]
-            marks, closings = ([max(bisect_right(keep, m) - 1, 0) for m in tokens] for tokens in (marks, closings))
+            openings, closings = ([max(bisect_right(keep, m) - 1, 0) for m in both] for both in (openings, closings))
             entities = entities[:, keep]
             n_cut += 1
         first, last = len(start) + len(before[i]) + len(middle), len(after[i]) + len(end)
         ids = start + before[i] + middle + ids + after[i] + end
-        segments = np.full(len(ids), types[1], dtype=np.int64)
-        segments[:first] = types[0]
-        marks, closings = ((first + tokens[0], first + tokens[1]) for tokens in (marks, closings))
+        segments = np.full(len(ids), segment_ids[1], dtype=np.int64)
+        segments[:first] = segment_ids[0]
+        openings, closings = ((first + tokens[0], first + tokens[1]) for tokens in (openings, closings))
         entities = np.concatenate([np.zeros((2, first), int), entities, np.zeros((2, last), int)], 1)
         label = number.get(rows[i].label, -1)
-        examples.append(Example(np.array(ids, dtype=np.int64), segments, marks, label, closings, entities))
+        examples.append(Example(np.array(ids, dtype=np.int64), segments, openings, label, closings, entities))
     return examples, n_cut
 
 
-def _entities(offsets: list[tuple], spans, row: Row, masked: bool, kinds: dict[str, int]) -> np.ndarray:
+def _entities(offsets: list[tuple], spans, row: Row, masked: bool, type_number: dict[str, int]) -> np.ndarray:
     """Which entity each token belongs to, and its type (2, L). Where they overlap it is the shorter one's."""
     entities = np.zeros((2, len(offsets)), dtype=np.int64)
     pairs = zip((1, 2), (row.subject, row.object), spans)
@@ -107,7 +104,7 @@ def _entities(offsets: list[tuple], spans, row: Row, masked: bool, kinds: dict[s
         first = bisect_left(offsets, (start,))
         first -= first > 0 and offsets[first - 1][1] > start  # the token that the word begins in
         inside = slice(first, bisect_left(offsets, (end,)))
-        entities[0, inside], entities[1, inside] = who, kinds.get(entity.type, 0)
+        entities[0, inside], entities[1, inside] = who, type_number.get(entity.type, 0)
     return entities
 
 
@@ -124,8 +121,8 @@ def encode_sentences(sentences: list[str], tokenizer, max_length: int):
         real = words >= 0
         if words.max(initial=0) == 0:  # this tokenizer does not tell words: each token is one
             words[real] = np.arange(real.sum())
-        types, entities = np.zeros_like(ids), np.zeros((2, len(ids)), dtype=np.int64)
-        examples.append(Example(ids, types, (0, 0), -1, (0, 0), entities, words))
+        segments, entities = np.zeros_like(ids), np.zeros((2, len(ids)), dtype=np.int64)
+        examples.append(Example(ids, segments, (0, 0), -1, (0, 0), entities, words))
     return examples, sum(bool(text.overflowing) for text in found)
 
 
@@ -134,7 +131,7 @@ def n_masked(example: Example) -> int:
     return max(1, round(0.15 * (example.words >= 0).sum()))
 
 
-def collate_masked(examples: list[Example], rows, key: list[int], tokenizer):
+def collate_masked(examples: list[Example], indices, key: list[int], tokenizer):
     """(the flat batch of these examples with tokens masked, flat indices of those (M,), their true ids (M,)).
 
     As Devlin et al. 2019: of the tokens chosen 80 % become the mask token, 10 % any token, 10 % stay. They are chosen
@@ -142,30 +139,30 @@ def collate_masked(examples: list[Example], rows, key: list[int], tokenizer):
     function of `key`, the example and its index.
     """
     masked, places = {}, {}
-    for row in rows:
-        random, example = np.random.default_rng([*key, row]), examples[row]
+    for index in indices:
+        random, example = np.random.default_rng([*key, index]), examples[index]
         order = random.permutation(example.words.max() + 1)[example.words]  # in random order, a word's tokens together
         order[example.words < 0] = len(order)
         chosen = np.argsort(order, kind="stable")[: n_masked(example)]
         fate, ids = random.random(len(chosen)), example.ids.copy()
         ids[chosen] = np.where(fate < 0.9, random.integers(len(tokenizer), size=len(chosen)), ids[chosen])
         ids[chosen[fate < 0.8]] = tokenizer.mask_token_id
-        masked[row], places[row] = example._replace(ids=ids), chosen
-    batch = collate(masked, rows)
-    flat = np.concatenate([start + places[row] for start, row in zip(batch.offsets.tolist(), batch.rows)])
-    true = np.concatenate([examples[row].ids[places[row]] for row in batch.rows])
+        masked[index], places[index] = example._replace(ids=ids), chosen
+    batch = collate(masked, indices)
+    flat = np.concatenate([start + places[index] for start, index in zip(batch.offsets.tolist(), batch.indices)])
+    true = np.concatenate([examples[index].ids[places[index]] for index in batch.indices])
     return batch, torch.from_numpy(flat), torch.from_numpy(true)
 
 
 def _special_tokens(tokenizer, pair: bool):
-    """The tokens that a tokenizer puts before, between and after its segments, and the segments' type ids."""
+    """The tokens that a tokenizer puts before, between and after its segments, and the ids of the segments."""
     text, last = tokenizer("가", "나" if pair else None), int(pair)
-    ids, kinds, segment = text["input_ids"], text.get("token_type_ids"), text.sequence_ids()  # of special tokens None
+    ids, type_ids, segment = text["input_ids"], text.get("token_type_ids"), text.sequence_ids()  # None: special token
     first, second = segment.index(0), segment.index(last)
     before, between, after = ids[:first], ids[first + segment.count(0) : second], ids[second + segment.count(last) :]
     if pair and not between and tokenizer.eos_token_id is not None:  # as a decoder's, which would run them together
         between = [tokenizer.eos_token_id]
-    return before, between, after, (kinds[first], kinds[second]) if kinds else (0, 0)
+    return before, between, after, (type_ids[first], type_ids[second]) if type_ids else (0, 0)
 
 
 def _cut_middle(ids: list[int], room: int) -> list[int]:
@@ -195,15 +192,15 @@ class Batch:
     """B sentences end to end, T tokens in all, the longest sentence first, so that equal lengths are neighbours."""
 
     ids: torch.Tensor  # (T,) token ids
-    types: torch.Tensor  # (T,) segment 0 or 1
+    segments: torch.Tensor  # (T,) segment 0 or 1
     entities: torch.Tensor  # (2, T) what a token belongs to and the entity's type, as in Example
     positions: torch.Tensor  # (T,) a token's place in its sentence, from 0
     offsets: torch.Tensor  # (B + 1,) int32: sentence i is tokens offsets[i] to offsets[i + 1]
-    marks: torch.Tensor  # (B, 2) flat index of the opening marks of subject and object
+    openings: torch.Tensor  # (B, 2) flat index of the opening marks of subject and object
     closings: torch.Tensor  # (B, 2) flat index of the last tokens of their closing marks
     labels: torch.Tensor  # (B,) numbers of labels, -1 where unknown
     lengths: list[int]  # (B,) tokens a sentence, descending
-    rows: np.ndarray  # (B,) which of the examples each sentence is
+    indices: np.ndarray  # (B,) which of the examples each sentence is
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`."""
@@ -216,35 +213,35 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def collate(examples: list[Example], rows: np.ndarray) -> Batch:
+def collate(examples: list[Example], indices: np.ndarray) -> Batch:
     """The flat batch of the examples with these indices."""
-    rows = np.array(sorted(rows, key=lambda i: (-len(examples[i].ids), i)))
-    chosen = [examples[i] for i in rows]
+    indices = np.array(sorted(indices, key=lambda i: (-len(examples[i].ids), i)))
+    chosen = [examples[i] for i in indices]
     lengths = np.array([len(e.ids) for e in chosen])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Batch(
         ids=torch.from_numpy(np.concatenate([e.ids for e in chosen])),
-        types=torch.from_numpy(np.concatenate([e.types for e in chosen])),
+        segments=torch.from_numpy(np.concatenate([e.segments for e in chosen])),
         entities=torch.from_numpy(np.concatenate([e.entities for e in chosen], 1)),
         positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
         offsets=torch.from_numpy(offsets.astype(np.int32)),
-        marks=torch.from_numpy(np.array([e.marks for e in chosen]) + offsets[:-1, None]),
+        openings=torch.from_numpy(np.array([e.openings for e in chosen]) + offsets[:-1, None]),
         closings=torch.from_numpy(np.array([e.closings for e in chosen]) + offsets[:-1, None]),
         labels=torch.tensor([e.label for e in chosen]),
         lengths=lengths.tolist(),
-        rows=rows,
+        indices=indices,
     )
 
 
-def within_tokens(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """`rows` cut, longest sentences first, into runs of at most `max_tokens` tokens (or of a single sentence)."""
+def within_tokens(indices: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """`indices` cut, longest sentences first, into runs of at most `max_tokens` tokens (or of a single sentence)."""
     runs, room = [], -1
-    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
-        if lengths[row] > room:
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        if lengths[index] > room:
             runs.append([])
             room = max_tokens
-        runs[-1].append(row)
-        room -= lengths[row]
+        runs[-1].append(index)
+        room -= lengths[index]
     return [np.array(run) for run in runs]
 
 
@@ -420,7 +417,7 @@ class FlatEncoder(nn.Module):
         self.is_flat = encoder._supports_attention_backend
         if self.is_flat:
             encoder.set_attn_implementation("flat")
-        self.has_types = (getattr(encoder.config, "type_vocab_size", 0) or 0) > 1
+        self.has_segments = (getattr(encoder.config, "type_vocab_size", 0) or 0) > 1
         embeddings = getattr(encoder, "embeddings", None)
         if embeddings is not None:
             embeddings.register_forward_hook(half_on_cpu)
@@ -446,14 +443,14 @@ class FlatEncoder(nn.Module):
     def encode(self, batch: Batch) -> torch.Tensor:
         """The last hidden states of the encoder, (T, hidden)."""
         if self.is_flat:
-            types = {"token_type_ids": batch.types[None]} if self.has_types else {}
+            segments = {"token_type_ids": batch.segments[None]} if self.has_segments else {}
             positions = batch.positions[None] + self.first_position
             inputs = self._inputs(batch.ids[None], batch.entities[:, None])
-            return self.encoder(**inputs, position_ids=positions, flat=batch, **types).last_hidden_state[0]
-        tokens = torch.stack([batch.ids, batch.types, torch.ones_like(batch.ids), *batch.entities], 1)
-        ids, types, real, *entities = pad_sequence(tokens.split(batch.lengths), batch_first=True).unbind(2)
-        types = {"token_type_ids": types} if self.has_types else {}
-        states = self.encoder(**self._inputs(ids, entities), attention_mask=real, **types).last_hidden_state
+            return self.encoder(**inputs, position_ids=positions, flat=batch, **segments).last_hidden_state[0]
+        tokens = torch.stack([batch.ids, batch.segments, torch.ones_like(batch.ids), *batch.entities], 1)
+        ids, segments, real, *entities = pad_sequence(tokens.split(batch.lengths), batch_first=True).unbind(2)
+        segments = {"token_type_ids": segments} if self.has_segments else {}
+        states = self.encoder(**self._inputs(ids, entities), attention_mask=real, **segments).last_hidden_state
         return torch.cat([sentence[:n] for sentence, n in zip(states, batch.lengths)])
 
     def encode_only(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
@@ -503,7 +500,7 @@ class RelationModel(FlatEncoder):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         # the token that knows the whole sentence, and the marks that know their entity
-        token, marks = batch.offsets[:-1].long(), batch.marks
+        token, marks = batch.offsets[:-1].long(), batch.openings
         if self.is_causal:
             token, marks = batch.offsets[1:].long() - 1, batch.closings
         if self.head == "cls":

@@ -447,19 +447,19 @@ def matching(patterns: list[str], option: str) -> list[str]:
     return paths
 
 
-def rows_of(file: metrics.Predictions, gold: str | None, summary: dict) -> list[Row] | None:
+def rows_of(file: metrics.Predictions, gold_path: str | None, summary: dict) -> list[Row] | None:
     """The rows that a file predicts: of --gold, else of the file that its run validated on or that it split, or None if
     that is not there. InputError for an id that is not in it."""
     settings = summary.get("settings", {})
-    if gold is None:
+    if gold_path is None:
         try:
             valid = settings["valid"]
-            gold = valid if valid.startswith("hub:") else data.data_file(valid or settings["data"], "train")
+            gold_path = valid if valid.startswith("hub:") else data.data_file(valid or settings["data"], "train")
         except (KeyError, InputError):
             return None
-    by_id = {row.id: row for row in data.read_rows(gold, [] if settings.get("skip_bad_rows") else None)}
+    by_id = {row.id: row for row in data.read_rows(gold_path, [] if settings.get("skip_bad_rows") else None)}
     for line, id in zip(file.lines, file.ids):
-        expect(id in by_id, f"{file.path}:{line}", "id", id, f"one of {gold}; --gold names the rows' file")
+        expect(id in by_id, f"{file.path}:{line}", "id", id, f"one of {gold_path}; --gold names the rows' file")
     return [by_id[id] for id in file.ids]
 
 
@@ -475,16 +475,16 @@ class Loaded(NamedTuple):
     rows: list[Row] | None
 
 
-def load(paths: list[str], gold: str | None) -> Loaded:
+def load(paths: list[str], gold_path: str | None) -> Loaded:
     """Reads and checks files of predictions that belong together."""
     files = [metrics.read_predictions(path) for path in paths]
     metrics.check_alike(files)
     summary = metrics.read_summary(Path(paths[0]).parent)
     names = metrics.class_names(files, summary.get("labels"))
-    rows = rows_of(files[0], gold, summary)
+    rows = rows_of(files[0], gold_path, summary)
     told = [row.label for row in rows] if rows and None not in {row.label for row in rows} else None
-    if gold and not told:
-        raise InputError(f"--gold {gold}: found rows without a label, expected those of the {len(rows)} predictions")
+    if gold_path and not told:
+        raise InputError(f"--gold {gold_path}: found rows without a label, expected {len(rows)} with one")
     classes = [metrics.gold_classes(file, names, told) for file in files]
     for file, found in zip(files, classes):
         if (found != classes[0]).any():
@@ -495,15 +495,15 @@ def load(paths: list[str], gold: str | None) -> Loaded:
     return Loaded(files, runs, files[0].ids, labels, classes[0], rows)
 
 
-def cases_of(found: Loaded, which, runs: list[tuple]) -> list[tuple[str, Row | None]]:
+def cases_of(loaded: Loaded, which, runs: list[tuple]) -> list[tuple[str, Row | None]]:
     """Rows to show: id, true label with its probabilities, what each of `runs` predicts."""
     cases = []
     for i in which:
-        text = f"{found.ids[i]}: true {found.labels[found.gold[i]]}"
+        text = f"{loaded.ids[i]}: true {loaded.labels[loaded.gold[i]]}"
         for probs, predicted in runs:
-            p, label = probs[i], found.labels[predicted[i]]
-            text += f", predicted {label} {p.max():.2f} (true: {p[found.gold[i]]:.2f})"
-        cases.append((text, found.rows[i] if found.rows else None))
+            p, label = probs[i], loaded.labels[predicted[i]]
+            text += f", predicted {label} {p.max():.2f} (true: {p[loaded.gold[i]]:.2f})"
+        cases.append((text, loaded.rows[i] if loaded.rows else None))
     return cases
 
 
@@ -518,9 +518,9 @@ def distance(row: Row) -> int:
     return max(row.subject.start - row.object.end, row.object.start - row.subject.end, 1) - 1
 
 
-def score_sections(found: Loaded) -> list[Section]:
+def score_sections(loaded: Loaded) -> list[Section]:
     """The parts of the report on one file of predictions."""
-    (probs, predicted), gold, labels, rows = found.runs[0], found.gold, found.labels, found.rows
+    (probs, predicted), gold, labels, rows = loaded.runs[0], loaded.gold, loaded.labels, loaded.rows
     table = metrics.score_table(probs, predicted, gold)
     note = f"From and to: the middle 95 % of {metrics.DRAWS:,} bootstrap draws."
     if absent := [label for c, label in enumerate(labels) if c not in gold]:
@@ -546,18 +546,18 @@ def score_sections(found: Loaded) -> list[Section]:
             figure = bar_figure(table, ["micro F1"], "micro F1, %")
             sections.append(Section(f"By {heading}", "", table, figure))
     note = "Wrong predictions by the probability of the true label, the smallest first."
-    cases = cases_of(found, metrics.worst_mistakes(probs, predicted, gold, 50), found.runs)
+    cases = cases_of(loaded, metrics.worst_mistakes(probs, predicted, gold, 50), loaded.runs)
     return [*sections, Section("Worst mistakes", note, cases=cases)]
 
 
-def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
+def comparison_sections(loaded: Loaded, n_a: int) -> list[Section]:
     """The parts of the report on two sides; the first n_a of the files are A."""
-    gold, a, b = found.gold, found.runs[:n_a], found.runs[n_a:]
-    scores = [metrics.score(probs, gold, predicted) for probs, predicted in found.runs]
+    gold, a, b = loaded.gold, loaded.runs[:n_a], loaded.runs[n_a:]
+    scores = [metrics.score(probs, gold, predicted) for probs, predicted in loaded.runs]
     each = [
         {"side": "A" if i < n_a else "B", "file": file.path}
         | {text: of_run[name] for name, text in metrics.SCORES.items()}
-        for i, (file, of_run) in enumerate(zip(found.files, scores))
+        for i, (file, of_run) in enumerate(zip(loaded.files, scores))
     ]
     table, differences = metrics.compare(a, b, gold)
     note = "\n".join(metrics.verdict(line) for line in table)
@@ -566,7 +566,7 @@ def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
     figure = difference_figure(table, differences)
     table = [line | {"p": f"{line['p']:.4f}"} for line in table]
     sections = [Section("Files", "", each), Section("Is one better?", note, table, figure)]
-    right = np.array([predicted == gold for _, predicted in found.runs])
+    right = np.array([predicted == gold for _, predicted in loaded.runs])
     all_a, all_b, no_a, no_b = right[:n_a].all(0), right[n_a:].all(0), ~right[:n_a].any(0), ~right[n_a:].any(0)
     what = {"both right": all_a & all_b, "only A right": all_a & no_b, "only B right": no_a & all_b}
     what["both wrong"] = no_a & no_b
@@ -579,7 +579,7 @@ def comparison_sections(found: Loaded, n_a: int) -> list[Section]:
         note = f"McNemar's exact test: by luck, a split as uneven would come with p = {p:.4f}: {luck}."
     sections.append(Section("Right and wrong", note, counts, bar_figure(counts, ["count"], "rows")))
     for name in ("only A right", "only B right"):
-        cases = cases_of(found, np.flatnonzero(what[name]), [a[0], b[0]])
+        cases = cases_of(loaded, np.flatnonzero(what[name]), [a[0], b[0]])
         sections.append(Section(name[0].upper() + name[1:], "Predicted by A, then by B.", cases=cases))
     return sections
 
@@ -589,15 +589,15 @@ def metrics_report():
     """python metrics.py"""
     arguments = metrics_arguments()
     a, b = arguments.files[:1] or matching(arguments.a, "--a"), arguments.files[1:] or matching(arguments.b, "--b")
-    found = load([*a, *b], arguments.gold)
+    loaded = load([*a, *b], arguments.gold)
     if b:
         title, out = f"A: {', '.join(a)}; B: {', '.join(b)}", arguments.out or "runs/compare"
-        sections = comparison_sections(found, len(a))
+        sections = comparison_sections(loaded, len(a))
     else:
         title, out = a[0], arguments.out or Path(a[0]).with_suffix("")
-        sections = score_sections(found)
-    write_report(f"{title}: {len(found.gold):,} rows", sections, Path(out))
-    if found.rows is None:
+        sections = score_sections(loaded)
+    write_report(f"{title}: {len(loaded.gold):,} rows", sections, Path(out))
+    if loaded.rows is None:
         print("no sentences: --gold names the file with the rows")
 
 
@@ -613,6 +613,6 @@ def log_evaluation(writer, step: int, probs: np.ndarray, gold: np.ndarray, label
             writer.add_pr_curve(f"pr/{line['label']}", gold == c, probs[:, c], step)
             writer.add_scalar(f"label_f1/{line['label']}", line["F1"], step)
     writer.add_figure("confusion matrix", confusion_figure(predicted, gold, labels), step)
-    found = Loaded([], [(probs, predicted)], [row.id for row in rows], labels, gold, rows)
-    cases = cases_of(found, metrics.worst_mistakes(probs, predicted, gold), found.runs)
+    loaded = Loaded([], [(probs, predicted)], [row.id for row in rows], labels, gold, rows)
+    cases = cases_of(loaded, metrics.worst_mistakes(probs, predicted, gold), loaded.runs)
     writer.add_text("worst mistakes", "".join(f"    {line}\n" for line in text_cases(cases).splitlines()), step)

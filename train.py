@@ -257,7 +257,7 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row
         rows, valid = data.split(rows, labels, 0.11, DATA_SEED, share, like)
     else:
         rows, valid = data.split(rows, labels, 0.2, DATA_SEED)
-    rows = some(rows, settings.limit or len(rows))
+    rows = subsample(rows, settings.limit or len(rows))
     if skipped:
         say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
     if not rows or (not valid and settings.valid != "none"):
@@ -265,7 +265,7 @@ def choose_rows(settings: Settings, say) -> tuple[list[Row], list[Row], list[Row
     return rows, valid, (like or valid) if settings.test_like() else [], share, labels, version
 
 
-def some(rows: list, n: int) -> list:
+def subsample(rows: list, n: int) -> list:
     """At most n of the rows or sentences, the same ones each time."""
     return [rows[i] for i in sorted(np.random.default_rng(DATA_SEED).permutation(len(rows))[:n])]
 
@@ -303,7 +303,7 @@ class Task:
         """The tokenizer; of a demo also the encoder is made, from the texts."""
         if self.settings.demo and self.machine.rank == 0:
             make_tiny_encoder(self.settings.model, texts, self.settings.seed)
-        self.machine.wait_for_all()
+        self.machine.barrier()
         return load_tokenizer(self.settings.model)
 
     def tell_lengths(self, what: str, n_valid: int, n_cut: int):
@@ -311,7 +311,7 @@ class Task:
         self.say(f"{len(self.lengths)} {what} to train on, {n_valid} to validate on; mean {mean:.0f} tokens; "
                  f"{n_cut} cut to {self.settings.max_length}")  # fmt: skip
 
-    def place(self, model: FlatEncoder):
+    def set_model(self, model: FlatEncoder):
         """Takes the model to its device, once it is sure that it can read as many tokens; chooses the learning rates
         where that is left to it, by width as ELECTRA's for its sizes (Clark et al. 2020)."""
         if self.settings.max_length > model.longest:
@@ -345,7 +345,7 @@ class Relations(Task):
 
     def __init__(self, settings: Settings, machine: Machine, say):
         super().__init__(settings, machine, say)
-        rows, self.valid_rows, like_test, share, self.labels, version = choose_rows(settings, say)
+        rows, self.valid_rows, scaling_rows, share, self.labels, version = choose_rows(settings, say)
         self.settings = replace(settings, no_relation_share=share)
         self.about = {"version": version, "labels": self.labels}
         template = Template(settings.marker, settings.prompt, settings.type_names)
@@ -354,10 +354,10 @@ class Relations(Task):
         self.tokenizer = self.load_tokenizer(" ".join(template.render(row)[:3]) for row in rows)
         known = len(self.tokenizer)
         add_markers(self.tokenizer, template, rows)
-        like_test = some(like_test, 1000)
-        (self.examples, n_cut), (self.valid, n_valid_cut), (self.like_test, _) = (
+        scaling_rows = subsample(scaling_rows, 1000)
+        (self.examples, n_cut), (self.valid, n_valid_cut), (self.scaling_examples, _) = (
             encode(part, template, self.tokenizer, self.labels, settings.max_length)
-            for part in (rows, self.valid_rows, like_test)
+            for part in (rows, self.valid_rows, scaling_rows)
         )
         self.gold = np.array([e.label for e in self.valid])
         self.lengths, self.n_targets = np.array([len(e.ids) for e in self.examples]), np.ones(len(rows), dtype=int)
@@ -366,15 +366,15 @@ class Relations(Task):
         torch.manual_seed(settings.seed)
         encoder = load_encoder(settings.model, range(known, len(self.tokenizer)))
         shape = (settings.head, settings.norm, settings.gelu, settings.dropout, settings.entity_embedding)
-        self.place(RelationModel(encoder, len(self.labels), *shape))
+        self.set_model(RelationModel(encoder, len(self.labels), *shape))
         self.alpha = focal_alpha(settings, self.labels, machine.device)
         used = [fingerprint(self.model, self.tokenizer), version["content"], [row.id for row in rows], self.labels]
-        used += [[row[:-1] for row in part] for part in (self.valid_rows, like_test)]
+        used += [[row[:-1] for row in part] for part in (self.valid_rows, scaling_rows)]
         self.hash = sha256(repr([*used, self.alpha is None or self.alpha.tolist()]).encode()).hexdigest()
 
-    def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
+    def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
         """The sum of the losses of these examples."""
-        batch = collate(self.examples, rows).to(self.machine.device)
+        batch = collate(self.examples, indices).to(self.machine.device)
         with self.machine.autocast():
             logits = model(batch)
         smoothing, gamma = self.settings.label_smoothing, self.settings.focal_gamma
@@ -383,9 +383,9 @@ class Relations(Task):
     def evaluate(self, max_tokens: int) -> dict:
         """Scores on the validation rows; none where there are no such rows."""
         n, share = len(self.valid), self.settings.no_relation_share
-        probs = predict(self.model, self.valid + self.like_test, self.machine, max_tokens)
-        self.negative_factor = negative_factor(probs[n:], share) if self.like_test else 1.0
-        if self.like_test:
+        probs = predict(self.model, self.valid + self.scaling_examples, self.machine, max_tokens)
+        self.negative_factor = negative_factor(probs[n:], share) if self.scaling_examples else 1.0
+        if self.scaling_examples:
             factor = f"its probability times {self.negative_factor:.2f}"
             self.say(f"{self.labels[0]}: {factor}, so that {share:.0%} of the predictions are it")
         self.probs = scale_negative(probs[:n], self.negative_factor)
@@ -442,17 +442,17 @@ class MaskedTokens(Task):
 
         torch.manual_seed(settings.seed)
         language_model, head_is_new = load_language_model(settings.model)
-        self.place(MaskedLanguageModel(language_model))
+        self.set_model(MaskedLanguageModel(language_model))
         if head_is_new:
             say("the encoder has no head for masked tokens: a new one, tied to its embeddings, learns with it")
         self.hash = sha256(repr([fingerprint(self.model, self.tokenizer), sentences, valid]).encode()).hexdigest()
 
-    def loss(self, model, rows: np.ndarray, step: int) -> torch.Tensor:
+    def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
         """The sum of the losses of these examples' masked tokens, other ones at each step."""
-        return self.loss_of(model, self.examples, rows, [self.settings.seed, step])
+        return self.loss_of(model, self.examples, indices, [self.settings.seed, step])
 
-    def loss_of(self, model, examples, rows, key: list[int]) -> torch.Tensor:
-        batch, *masked = collate_masked(examples, rows, key, self.tokenizer)
+    def loss_of(self, model, examples, indices, key: list[int]) -> torch.Tensor:
+        batch, *masked = collate_masked(examples, indices, key, self.tokenizer)
         places, true = (to_device(tokens, self.machine.device) for tokens in masked)
         with self.machine.autocast():
             logits = model(batch.to(self.machine.device), places)
@@ -467,8 +467,8 @@ class MaskedTokens(Task):
         lengths = np.array([len(e.ids) for e in self.valid])
         batches = within_tokens(np.arange(len(lengths)), lengths, max_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.machine.device)
-        for rows in batches[self.machine.rank :: self.machine.world]:
-            total += self.loss_of(self.model, self.valid, rows, [DATA_SEED])
+        for indices in batches[self.machine.rank :: self.machine.world_size]:
+            total += self.loss_of(self.model, self.valid, indices, [DATA_SEED])
         loss = self.machine.sum(total).item() / sum(map(n_masked, self.valid))
         if not math.isfinite(loss):
             raise InputError(f"the loss of the held-out sentences is {loss}; try --amp off")
@@ -499,9 +499,9 @@ def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dic
     sentences = list(dict.fromkeys(row.sentence for row in rows + others))
     version = data.version(settings.data, rows + others)
     say(f"{path}{' and test_data beside it' if others else ''}: {len(sentences)} sentences")
-    sentences, valid = some(sentences, settings.limit or len(sentences)), []
+    sentences, valid = subsample(sentences, settings.limit or len(sentences)), []
     if settings.valid == "":
-        valid = some(sentences, max(1, len(sentences) // 10))
+        valid = subsample(sentences, max(1, len(sentences) // 10))
     elif settings.valid != "none":
         valid = list(dict.fromkeys(row.sentence for row in data.read_rows(settings.valid, skipped)))
     held_out = set(valid)
@@ -557,29 +557,29 @@ def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 # --- the loop ----------------------------------------------------------------------------------------------------
 
 
-def share_of_rank(rows: np.ndarray, lengths: np.ndarray, machine: Machine, max_tokens: int, n_targets: int):
+def share_of_rank(indices: np.ndarray, lengths: np.ndarray, machine: Machine, max_tokens: int, n_targets: int):
     """The parts in which this process works through its share of a batch that asks for `n_targets` predictions, and
     the weight of the loss of each of them."""
-    mine = rows[machine.rank :: machine.world]  # of like lengths on each: training_batches has sorted them
+    mine = indices[machine.rank :: machine.world_size]  # of like lengths on each: training_batches has sorted them
     if len(mine):
         # DistributedDataParallel takes the mean over the processes; the loss is the mean over the whole batch
-        return within_tokens(mine, lengths, max_tokens), machine.world / n_targets
-    return [rows[:1]], 0.0  # fewer sentences than processes: take part in the exchange, add nothing
+        return within_tokens(mine, lengths, max_tokens), machine.world_size / n_targets
+    return [indices[:1]], 0.0  # fewer sentences than processes: take part in the exchange, add nothing
 
 
-def batch_gradients(task, model, rows, step, scaler, max_tokens):
+def batch_gradients(task, model, indices, step, scaler, max_tokens):
     """Adds up the gradients of one batch, part by part, and returns this process's share of the mean loss, still on
     the device; or None if memory ran out on any process."""
     machine = task.machine
     torch.manual_seed(int(np.random.SeedSequence([task.settings.seed, step, machine.rank]).generate_state(1)[0]))
-    parts, weight = share_of_rank(rows, task.lengths, machine, max_tokens, task.n_targets[rows].sum())
+    parts, weight = share_of_rank(indices, task.lengths, machine, max_tokens, task.n_targets[indices].sum())
     total, out_of_memory = torch.zeros((), device=machine.device), False
     try:
         for part in parts:
-            exchange = machine.world > 1 and part is parts[-1]
+            exchange = machine.world_size > 1 and part is parts[-1]
             model.require_backward_grad_sync = exchange  # DistributedDataParallel's switch, as in nanoGPT
             loss = task.loss(model, part, step)
-            total += (loss.detach() * weight / machine.world).nan_to_num(0, 0, 0)
+            total += (loss.detach() * weight / machine.world_size).nan_to_num(0, 0, 0)
             loss = scaler.scale(loss * weight)
             if not exchange:
                 loss.backward()
@@ -587,7 +587,7 @@ def batch_gradients(task, model, rows, step, scaler, max_tokens):
         out_of_memory = True
     if machine.any(out_of_memory):
         return None
-    if machine.world > 1:  # the backward pass that exchanges gradients begins when all have got as far as this
+    if machine.world_size > 1:  # the backward pass that exchanges gradients begins when all have got as far as this
         loss.backward()
     return total
 
@@ -639,7 +639,7 @@ def load_progress(folder: Path, task: Task, parts: dict) -> Progress:
             if path is found[-1]:
                 raise
             task.say(str(error))
-            task.machine.wait_for_all()  # till all have seen it
+            task.machine.barrier()  # till all have seen it
             if task.machine.rank == 0:
                 os.replace(path, folder / "damaged.pt")  # lest it takes the place of previous.pt
             continue
@@ -676,7 +676,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
     restarted = machine.any(restarts() > 0)  # by torchrun, which is no fresh start
     if settings.fresh and is_first and not restarted:
         remove_progress(folder)
-    machine.wait_for_all()
+    machine.barrier()
     progress = load_progress(folder, task, parts)
     trained = machine.distribute(task.model)
     lengths = task.lengths
@@ -713,18 +713,18 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
     window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
     with tqdm(total=steps, initial=progress.step, unit="step", mininterval=interval, disable=not is_first) as bar:
         while progress.step < steps and not (settings.patience and progress.without_gain >= settings.patience):
-            epoch, place = divmod(progress.step, per_epoch)
-            if place == 0 or not batches:
+            epoch, i_batch = divmod(progress.step, per_epoch)
+            if i_batch == 0 or not batches:
                 batches = training_batches(lengths, settings.batch_size, settings.seed, epoch)
             rate = learning_rate(settings, progress.step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             trained.train()
-            rows, tokens_before = batches[place], max_tokens
-            while (loss := batch_gradients(task, trained, rows, progress.step, scaler, max_tokens)) is None:
-                if max_tokens < lengths[rows].min():
+            indices, tokens_before = batches[i_batch], max_tokens
+            while (loss := batch_gradients(task, trained, indices, progress.step, scaler, max_tokens)) is None:
+                if max_tokens < lengths[indices].min():
                     raise InputError("out of memory with one sentence at a time; try a smaller --max-length or --model")
-                max_tokens = min(max_tokens, math.ceil(lengths[rows].sum() / machine.world)) // 2
+                max_tokens = min(max_tokens, math.ceil(lengths[indices].sum() / machine.world_size)) // 2
                 task.model.zero_grad()
                 torch.cuda.empty_cache()
                 trained = None  # a DistributedDataParallel that was stopped half way cannot go on
@@ -735,7 +735,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
             loss_sum, bad, bad_in_a_row = loss_sum + loss * (1 - is_bad), bad + is_bad, (bad_in_a_row + is_bad) * is_bad
             progress.step += 1
             window_steps += 1
-            window_sentences += len(rows)
+            window_sentences += len(indices)
             bar.update()
 
             every = settings.eval_every or per_epoch
@@ -770,7 +770,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
                     save_progress(folder, task, progress, parts)
             if stopping or (evaluating and machine.any(stop.number > 0)):  # an evaluation may take minutes
                 say(f"stopped after step {progress.step} of {steps} and saved; the same command goes on from there")
-                machine.wait_for_all()  # torchrun ends all processes when the first one has ended
+                machine.barrier()  # torchrun ends all processes when the first one has ended
                 sys.exit(128 + (stop.number or signal.SIGTERM))
             loss_sum, bad = torch.zeros_like(loss_sum), torch.zeros_like(bad)
             window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
@@ -812,7 +812,7 @@ def main():
         torch.use_deterministic_algorithms(True)
     with running(settings.amp) as machine:
         stop = StopSignal()
-        if settings.norm == "batch" and machine.world > 1:
+        if settings.norm == "batch" and machine.world_size > 1:
             raise InputError("--norm batch: normalises over the sentences of one process, and there are several")
         if settings.seeds == 1:
             train(settings, machine, stop)

@@ -196,7 +196,7 @@ def test_marks_are_the_opening_tokens(encoder_folder):
         template, tokenizer = Template(marker), load_tokenizer(str(encoder_folder))
         tokenizer.add_tokens(template.added_tokens({"ORG", "PER"}))
         (example,), _ = encode([BEATLES], template, tokenizer, KLUE_LABELS, 256)
-        assert tuple(tokenizer.convert_ids_to_tokens([int(example.ids[m]) for m in example.marks])) == openings
+        assert tuple(tokenizer.convert_ids_to_tokens([int(example.ids[m]) for m in example.openings])) == openings
 
 
 @pytest.mark.parametrize("marker", MARKERS)
@@ -220,7 +220,7 @@ def test_tokens_know_their_entity_and_closing_marks_are_found(encoder_folder, ma
             "typed_entity_marker": ("</s:organization>", "</o:person>")}.get(marker, ("@", "#"))  # fmt: skip
     last = tokenizer.convert_ids_to_tokens([int(plain.ids[k]) for k in plain.closings])
     assert all(token.endswith(end) for token, end in zip(last, ends)), last
-    assert all(closing >= mark for closing, mark in zip(plain.closings, plain.marks))
+    assert all(closing >= mark for closing, mark in zip(plain.closings, plain.openings))
 
 
 def test_input_is_what_the_tokenizer_makes_of_the_pair(encoder_folder):
@@ -232,7 +232,7 @@ def test_input_is_what_the_tokenizer_makes_of_the_pair(encoder_folder):
         expected = tokenizer(*texts)
         (example,), _ = encode([BEATLES], template, tokenizer, KLUE_LABELS, 256)
         assert example.ids.tolist() == expected["input_ids"]
-        assert example.types.tolist() == expected["token_type_ids"]
+        assert example.segments.tolist() == expected["token_type_ids"]
         assert example.label == 0
 
 
@@ -259,7 +259,7 @@ def test_no_entity_is_lost_in_a_long_sentence(encoder_folder, marker, prompt):
         rendered = template.render(r)
         for who, (opening, word, _, _) in enumerate(rendered.spans):
             first = rendered.text[opening:word].split() or [rendered.text[opening : opening + 1]]
-            token = tokenizer.convert_ids_to_tokens(int(example.ids[example.marks[who]]))
+            token = tokenizer.convert_ids_to_tokens(int(example.ids[example.openings[who]]))
             assert first[0].startswith(token) or token.startswith(first[0]), (first, token)
         closings = [rendered.text[word_end:closing].strip() for _, _, word_end, closing in rendered.spans]
         assert all(text.count(closing) >= closings.count(closing) for closing in closings if closing)

@@ -111,8 +111,8 @@ def test_any_entities_are_marked_at_their_places(encoder_folder, row, marker, pr
         assert without + rendered.text[at:] == row.sentence
     (example,), _ = encode([row], template, tokenizer, KLUE_LABELS, 96)
     assert len(example.ids) <= 96
-    assert len(example.ids) == len(example.types)
-    assert all(0 <= mark < len(example.ids) for mark in example.marks + example.closings)
+    assert len(example.ids) == len(example.segments)
+    assert all(0 <= mark < len(example.ids) for mark in example.openings + example.closings)
     assert example.entities.shape == (2, len(example.ids))
 
 

@@ -81,12 +81,12 @@ def test_flat_states_equal_padded_states(family, training):
 
     ids = torch.full((6, 30), model.encoder.config.pad_token_id or 0)
     mask, types = torch.zeros(6, 30, dtype=torch.long), torch.zeros(6, 30, dtype=torch.long)
-    for i, row in enumerate(batch.rows):
+    for i, row in enumerate(batch.indices):
         n = len(examples[row].ids)
-        ids[i, :n], types[i, :n] = torch.from_numpy(examples[row].ids), torch.from_numpy(examples[row].types)
+        ids[i, :n], types[i, :n] = torch.from_numpy(examples[row].ids), torch.from_numpy(examples[row].segments)
         mask[i, :n] = 1
-    types = {"token_type_ids": types} if model.has_types else {}
-    assert model.has_types == (family in ("bert", "electra", "deberta-v2"))
+    types = {"token_type_ids": types} if model.has_segments else {}
+    assert model.has_segments == (family in ("bert", "electra", "deberta-v2"))
     expected = padded(input_ids=ids, attention_mask=mask, **types).last_hidden_state[mask.bool()]
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
@@ -228,10 +228,10 @@ def test_heads_read_what_they_say(head, family):
     batch = collate(examples, np.arange(4))
     logits = model(batch)
     assert logits.shape == (4, 30)
-    for i, row in enumerate(batch.rows):  # each sentence by itself, by plain torch
+    for i, row in enumerate(batch.indices):  # each sentence by itself, by plain torch
         example = examples[row]
         states = model.encode(collate([example], np.array([0])))
-        token, marks = (0, example.marks) if family == "bert" else (-1, example.closings)
+        token, marks = (0, example.openings) if family == "bert" else (-1, example.closings)
         expected = {"cls": [states[token]], "entity": [states[token], states[marks[0]], states[marks[1]]]}
         if head not in expected:
             out, _ = model.rnn(states[:, None])

@@ -75,7 +75,7 @@ def test_marks_are_found_in_every_row():
     rows, tokenizer = read_rows(Path(KLUE_RE) / "train.csv")[:3000], load_tokenizer(RE_ENCODER)
     examples, _ = encode(rows, Template(), tokenizer, KLUE_LABELS, 256)
     for row, example in zip(rows, examples):
-        subject, object = tokenizer.convert_ids_to_tokens([int(example.ids[mark]) for mark in example.marks])
+        subject, object = tokenizer.convert_ids_to_tokens([int(example.ids[mark]) for mark in example.openings])
         assert "@" in subject, row
         assert "#" in object, row
     for row, example in zip(rows[:300], examples):

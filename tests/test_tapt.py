@@ -48,7 +48,7 @@ def test_fifteen_percent_are_masked_by_whole_words(sentences):
     examples, tokenizer = sentences
     rows = np.arange(500)
     batch, places, true = collate_masked(examples, rows, [42, 7], tokenizer)
-    original = np.concatenate([examples[row].ids for row in batch.rows])
+    original = np.concatenate([examples[row].ids for row in batch.indices])
     assert (original[places] == true.numpy()).all()
     others = np.setdiff1d(np.arange(len(original)), places)
     assert (batch.ids.numpy()[others] == original[others]).all()
@@ -62,7 +62,7 @@ def test_fifteen_percent_are_masked_by_whole_words(sentences):
     # whole words: at most one word of a sentence is masked in part
     chosen = np.zeros(len(original), dtype=bool)
     chosen[places] = True
-    for row, start in zip(batch.rows, batch.offsets.tolist()):
+    for row, start in zip(batch.indices, batch.offsets.tolist()):
         masked = chosen[start : start + len(examples[row].words)]
         in_part = [w for w in range(examples[row].words.max() + 1) if 0 < masked[examples[row].words == w].mean() < 1]
         assert len(in_part) <= 1
@@ -73,8 +73,8 @@ def test_what_is_masked_depends_on_seed_step_and_sentence_alone(sentences):
     whole, _, _ = collate_masked(examples, np.arange(10), [42, 7], tokenizer)
     for part in (np.arange(5), np.array([9, 3])):
         batch, _, _ = collate_masked(examples, part, [42, 7], tokenizer)
-        for i, row in enumerate(batch.rows):
-            (j,) = np.flatnonzero(whole.rows == row)
+        for i, row in enumerate(batch.indices):
+            (j,) = np.flatnonzero(whole.indices == row)
             a, b = (x.ids[x.offsets[k] : x.offsets[k + 1]] for x, k in ((batch, i), (whole, j)))
             assert torch.equal(a, b)
     for key in ([42, 8], [43, 7]):

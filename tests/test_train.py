@@ -177,7 +177,7 @@ def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, co
         chosen = [task.examples[row] for row in rows]
         ids, types, mask = (
             torch.nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in tokens], batch_first=True)
-            for tokens in ([e.ids for e in chosen], [e.types for e in chosen], [np.ones_like(e.ids) for e in chosen])
+            for tokens in ([e.ids for e in chosen], [e.segments for e in chosen], [np.ones_like(e.ids) for e in chosen])
         )
         with machine.autocast():
             states = padded.encoder(ids, token_type_ids=types, attention_mask=mask).last_hidden_state
