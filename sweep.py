@@ -110,6 +110,8 @@ def next_trial(study: optuna.Study, folder: Path, n_trials: int):
     trial = study.ask()
     path = folder / f"trial-{trial.number}"
     lock = take_lock(path)
+    if lock is None:
+        raise InputError(f"{path}: a training of an earlier sweep is at work there; wait, or name another --out")
     remove_progress(path)  # of a study that was here before
     (path / "summary.json").unlink(missing_ok=True)
     return trial, lock

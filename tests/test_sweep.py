@@ -129,6 +129,16 @@ def test_what_cannot_be_searched_is_one_line(call, quick, space, arguments, mess
     assert re.search(message, done.err), done.err
 
 
+def test_a_training_that_still_runs_keeps_its_progress(call, quick, tmp_path):
+    """As of a sweep whose study was deleted since."""
+    with sweep.take_lock(tmp_path / "runs" / "sweep" / "trial-0"):
+        (tmp_path / "runs" / "sweep" / "trial-0" / "last.pt").write_text("progress")
+        done = call(sweep, "--trials", "1", *quick(lr=[1]), code=2)
+    assert "trial-0: a training of an earlier sweep is at work there" in done.err
+    assert (tmp_path / "runs" / "sweep" / "trial-0" / "last.pt").exists()
+    call(sweep, "--trials", "1", *quick(lr=[1]))
+
+
 def test_a_killed_sweep_goes_on_with_the_trial_it_was_at(call, encoder_folder, tmp_path):
     (tmp_path / "space.json").write_text(json.dumps({"lr": [1e-3, 2e-3], "head": ["cls", "entity"]}))
     fixed = f"--data {SAMPLE} --model {encoder_folder} --limit 150 --split stratified --epochs 2 --save-every 1"
