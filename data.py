@@ -61,6 +61,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def printable(text: str) -> str:
+    """The text in one line, spaces for line ends and all that a terminal would take for a command."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def exit_on_bad_input(main):
     """Makes bad input or a failing disk one line on stderr, of the first process on a machine, and exit code 2."""
 
@@ -75,7 +80,7 @@ def exit_on_bad_input(main):
             if isinstance(error, BrokenPipeError):  # nobody reads what is printed, the interpreter's last flush neither
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+                print(printable(f"{Path(sys.argv[0]).name}: {error}"), file=sys.stderr)
             sys.exit(2)
 
     return program
@@ -206,7 +211,7 @@ def read_json(path: str | Path, expected: str):
 
 def read_csv(path: str | Path, columns: tuple[str, ...]):
     """Yields (line, {column: cell}) for each record of a CSV file that has at least these columns."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line, header = 1, None
     try:
@@ -283,12 +288,12 @@ def version(data: str, rows: list[Row]) -> dict:
 
 def _check(record: dict, where: str) -> Row:
     id, sentence, label = (record.get(field) for field in ("id", "sentence", "label"))
-    expect(_is_text(sentence), where, "sentence", sentence, "text")
+    expect(is_text(sentence), where, "sentence", sentence, "text")
     subject, object = (_entity(record.get(f), f, sentence, where) for f in ("subject_entity", "object_entity"))
     same = (subject.start, subject.end) == (object.start, object.end)
     expect(not same, where, "object_entity", object.word, "another span than the subject's")
-    expect(isinstance(id, int) or (_is_text(id) and id.strip()), where, "id", id, "a name for the row")
-    expect(label is None or isinstance(label, int) or _is_text(label), where, "label", label, "a relation's name")
+    expect(isinstance(id, int) or (is_text(id) and id.strip()), where, "id", id, "a name for the row")
+    expect(label is None or isinstance(label, int) or is_text(label), where, "label", label, "a relation's name")
     label = None if label is None or str(label).strip() in ("", "100") else str(label)  # 100: not told, in test files
     return Row(str(id), sentence, subject, object, label, str(record.get("source") or ""), where)
 
@@ -311,10 +316,10 @@ def _entity(found, field: str, sentence: str, where: str) -> Entity:
             raise InputError(f"{where}: {field}: found {_short(found)}, expected a dict literal") from error
     expect(isinstance(found, dict), where, field, found, "a dict of word, start_idx, end_idx, type")
     word, start, end, kind = (found.get(key) for key in ("word", "start_idx", "end_idx", "type"))
-    expect(_is_text(word), where, f"{field}: word", word, "text")
+    expect(is_text(word), where, f"{field}: word", word, "text")
     expect(type(start) is int, where, f"{field}: start_idx", start, "a whole number")
     expect(type(end) is int, where, f"{field}: end_idx", end, "a whole number")
-    expect(kind is None or _is_text(kind), where, f"{field}: type", kind, "text such as PER")
+    expect(kind is None or is_text(kind), where, f"{field}: type", kind, "text such as PER")
     inside = 0 <= start <= end < len(sentence)
     bounds = f"0 <= start_idx <= end_idx < {len(sentence)} (the sentence's length)"
     expect(inside, where, f"{field}: start_idx, end_idx", (start, end), bounds)
@@ -324,7 +329,8 @@ def _entity(found, field: str, sentence: str, where: str) -> Entity:
     return Entity(word, start, end, kind or None)
 
 
-def _is_text(value) -> bool:
+def is_text(value) -> bool:
+    """Whether a value is a text that can be written as UTF-8."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # JSON can spell half a character
 
 
@@ -350,6 +356,8 @@ def find_labels(rows: list[Row], negative: str = "no_relation") -> list[str]:
     if all(row.label != negative for row in rows):
         expected = f"the label that means none of the others, one of {', '.join(sorted(found)[:40])}"
         raise InputError(f"--negative-label {negative}: no row has it, expected {expected}")
+    if not found:
+        raise InputError(f"--negative-label {negative}: all rows have it, expected some with a relation")
     return [negative, *sorted(found)]
 
 
@@ -394,10 +402,10 @@ def print_diff(old: str, new: str):
     added, removed, relabelled = diff(*(read_rows(data_file(version, "train")) for version in (old, new)))
     for sign, rows in (("+", added), ("-", removed)):
         for row in rows:
-            print(f"{sign} {row.where}  id {row.id}  {row.label}  {row.subject.word} / {row.object.word}")
+            print(printable(f"{sign} {row.where}  id {row.id}  {row.label}  {row.subject.word} / {row.object.word}"))
     for before, row in relabelled:
         words = f"{row.subject.word} / {row.object.word}"
-        print(f"~ {before.where} -> {row.where}  id {row.id}  {before.label} -> {row.label}  {words}")
+        print(printable(f"~ {before.where} -> {row.where}  id {row.id}  {before.label} -> {row.label}  {words}"))
     print(f"{len(added)} rows added (+), {len(removed)} removed (-), {len(relabelled)} relabelled (~)")
 
 

@@ -40,6 +40,7 @@ from data import (
     Template,
     data_file,
     exit_on_bad_input,
+    is_text,
     read_rows,
     with_known_labels,
 )
@@ -215,6 +216,8 @@ def parse_arguments() -> argparse.Namespace:
     one = (arguments.sentence, arguments.subject, arguments.object)
     if any(one) and not all(one):
         raise InputError("--sentence, --subject and --object go together")
+    if any(one) and not is_text("".join(one)):
+        raise InputError("--sentence, --subject, --object: found bytes that are not UTF-8")
     if any(one) and (arguments.data or arguments.out):
         raise InputError("--sentence prints its prediction; --data and --out are for files")
     if arguments.max_tokens < 1:
@@ -226,7 +229,7 @@ def entity_of(sentence: str, text: str, option: str, types: list[str] | None) ->
     """The entity that WORD:TYPE names, at the word's first place in the sentence. A word may hold colons itself.
     `types`: those there are, None for any."""
     word, _, kind = text.rpartition(":")
-    if not word or word not in sentence or (text in sentence and types and kind not in types):
+    if not word or word not in sentence or (text in sentence and kind not in (types or ())):
         word, kind = text, ""
     if word not in sentence:
         raise InputError(f"{option}: found {text!r}, expected WORD:TYPE; this word is not in the sentence")
@@ -283,7 +286,7 @@ def main():
         n_gold = sum(row.label is not None for row in rows)
         if n_gold == len(rows):
             rows = with_known_labels(rows, labels)
-        names = [run["run"] for run in about]
+        names = [Path(run["run"]).name for run in about]  # no folders: a checkpoint says what, not where
         name = "+".join(names) if len(names) < 3 else f"{names[0]}+{len(names) - 1}"  # a file's name has its limits
         out = Path(arguments.out or f"out/{name}.csv")
         probs = mean_of(arguments.checkpoints, rows, machine, arguments.max_tokens)

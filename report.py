@@ -58,7 +58,7 @@ def shown(value) -> str:
         return "–" if np.isnan(value) else f"{value:.2f}"
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
-    return "".join(c if c.isprintable() else " " for c in str(value))
+    return data.printable(str(value))
 
 
 def text_table(table: list[dict]) -> str:

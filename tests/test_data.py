@@ -20,6 +20,7 @@ from data import (
     clean,
     count_table,
     cross_table,
+    exit_on_bad_input,
     find_labels,
     fold,
     length_table,
@@ -405,6 +406,16 @@ def test_characters_beyond_the_basic_plane_and_an_entity_as_long_as_the_sentence
     assert read_rows(path)[0].subject.word == "𝒦\u200b\u1100\u1161\u11a8"
 
 
+def test_what_is_said_of_bad_input_is_one_line_without_commands_to_the_terminal(capsys):
+    @exit_on_bad_input
+    def main():
+        raise InputError("train.csv:3: label: found a\x1b[2J\nb\r\u2028c")
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.endswith(": train.csv:3: label: found a [2J b  c\n")
+
+
 def test_labels_of_the_competition_and_of_another_data_set(rows):
     assert find_labels(rows) == KLUE_LABELS
     assert KLUE_LABELS[1] == "org:top_members/employees"
@@ -416,6 +427,8 @@ def test_labels_of_the_competition_and_of_another_data_set(rows):
         InputError, match=r"--negative-label nome: no row has it, expected .* one of knows, likes, none"
     ):
         find_labels(own, "nome")
+    with pytest.raises(InputError, match="--negative-label none: all rows have it"):
+        find_labels(own[1:2], "none")
     with pytest.raises(InputError, match=r"label: found none \(no such column, or 100\), expected one of"):
         with_known_labels([own[0]._replace(label=None)], KLUE_LABELS)
     typo = [*rows[:9], rows[9]._replace(label="per:titel")]

@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import infer
 from data import KLUE_LABELS, Entity, InputError
 from infer import entity_of
 from metrics import read_predictions, write_predictions
@@ -86,12 +87,19 @@ def eval_free_entity(cell):
     return "{}:{}".format(*re.match(r"""\{'word': ['"](.*)['"], 'start.*'type': '(\w+)'\}""", cell).groups())
 
 
+def test_a_sentence_in_another_encoding_is_one_line(call):
+    sentence, word = ("비틀즈의 노래".encode("cp949").decode("utf-8", "surrogateescape"), "노래")
+    options = ["--sentence", sentence, "--subject", word, "--object", word]
+    assert "bytes that are not UTF-8" in call(infer, "none.pt", *options, code=2).err
+
+
 def test_an_entity_is_found_in_the_sentence_and_typed_as_the_model_knows():
     sentence, types = "오전 10:30에 비틀즈가", ["PER", "ORG"]
     assert entity_of(sentence, "비틀즈:ORG", "--object", types) == Entity("비틀즈", 10, 12, "ORG")
     assert entity_of(sentence, "비틀즈:ROBOT", "--object", None).type == "ROBOT"
     assert entity_of(sentence, "10:30", "--object", types) == Entity("10:30", 3, 7, None)
     assert entity_of(sentence, "10:30:PER", "--object", types) == Entity("10:30", 3, 7, "PER")
+    assert entity_of(sentence, "10:30", "--object", None) == Entity("10:30", 3, 7, None)
     with pytest.raises(InputError, match=r"--object: found type 'PERSON', expected one of PER, ORG"):
         entity_of(sentence, "비틀즈:PERSON", "--object", types)
     for wrong in ("비틀스:ORG", "비틀스", ":ORG"):
