@@ -404,12 +404,14 @@ class Relations(Task):
             found = str(data.data_file(found, "train").parent.resolve())
         save_checkpoint(
             folder / "ckpt.pt", self.model, self.tokenizer, self.labels, settings=asdict(self.settings),
-            run=folder.name, scores=scores, negative_factor=self.negative_factor, data=found, version=version,
+            run=folder.resolve().name, scores=scores, negative_factor=self.negative_factor, data=found, version=version,
         )  # fmt: skip
         if self.valid:
             ids, gold = [row.id for row in self.valid_rows], [row.label for row in self.valid_rows]
             predicted = [self.labels[c] for c in self.probs.argmax(1)]
             write_predictions(folder / "valid.csv", ids, predicted, self.probs, gold)
+        else:
+            (folder / "valid.csv").unlink(missing_ok=True)  # an earlier run's
 
     def log(self, writer: SummaryWriter, step: int):
         from report import log_evaluation  # what draws takes a second to import, which the start need not wait for
@@ -506,6 +508,8 @@ def choose_sentences(settings: Settings, say) -> tuple[list[str], list[str], dic
         valid = list(dict.fromkeys(row.sentence for row in data.read_rows(settings.valid, skipped)))
     held_out = set(valid)
     sentences = [sentence for sentence in sentences if sentence not in held_out]
+    if skipped:
+        say(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
     if not sentences:
         raise InputError(f"{path}: no sentences to train on beside those held out")
     return sentences, valid, version
@@ -659,13 +663,14 @@ def load_progress(folder: Path, task: Task, parts: dict) -> Progress:
 
 
 def remove_progress(folder: Path):
-    """What --fresh does away with."""
+    """Does away with what a run would go on from, and what it has shown TensorBoard."""
     for path in [*(folder / name for name in PROGRESS_FILES), *folder.glob("events.out.tfevents*")]:
         path.unlink(missing_ok=True)
 
 
-def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
-    """The whole run, on each process; returns the best scores."""
+def train(settings: Settings, machine: Machine, stop: StopSignal, stale: list[Path]) -> dict:
+    """The whole run, on each process; returns the best scores. Once it is sure that it can begin, the progress in the
+    `stale` folders is removed."""
     is_first, folder = machine.rank == 0, settings.folder()
     say = tqdm.write if is_first else lambda text: None
     task = TASKS[settings.objective](settings, machine, say)
@@ -673,9 +678,8 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
     optimizer = make_optimizer(task.model, settings)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
     parts = {"weights": task.model, "optimizer": optimizer, "scaler": scaler}
-    restarted = machine.any(restarts() > 0)  # by torchrun, which is no fresh start
-    if settings.fresh and is_first and not restarted:
-        remove_progress(folder)
+    for one in stale if is_first else []:
+        remove_progress(one)
     machine.barrier()
     progress = load_progress(folder, task, parts)
     trained = machine.distribute(task.model)
@@ -780,9 +784,9 @@ def train(settings: Settings, machine: Machine, stop: StopSignal) -> dict:
 
 
 def write_summary(folder: Path, task: Task, progress: Progress, finished: bool):
-    summary = {"run": folder.name, "finished": finished, **asdict(progress), "settings": asdict(task.settings)}
+    summary = {"run": folder.resolve().name, "finished": finished, **asdict(progress)}
     with atomic_write(folder / "summary.json") as file:
-        json.dump(summary | task.about, file, ensure_ascii=False, indent=1)
+        json.dump(summary | {"settings": asdict(task.settings)} | task.about, file, ensure_ascii=False, indent=1)
 
 
 def finish(folder: Path, task: Task, progress: Progress, writer: SummaryWriter):
@@ -814,13 +818,16 @@ def main():
         stop = StopSignal()
         if settings.norm == "batch" and machine.world_size > 1:
             raise InputError("--norm batch: normalises over the sentences of one process, and there are several")
+        is_fresh = settings.fresh and not machine.any(restarts() > 0)  # torchrun's restart is no fresh start
         if settings.seeds == 1:
-            train(settings, machine, stop)
+            train(settings, machine, stop, [settings.folder()] if is_fresh else [])
             return
         seeds = range(settings.seed, settings.seed + settings.seeds)
         folder = replace(settings, seed=Settings.seed).folder()
         each = [replace(settings, seed=seed, seeds=1, out=f"{folder}-seed={seed}") for seed in seeds]
-        runs = [train(one, machine, stop) for one in each]
+        runs = [train(each[0], machine, stop, [one.folder() for one in each] if is_fresh else [])]
+        # --resume insists on the first one's progress: the others may not have begun
+        runs += [train(replace(one, resume=False), machine, stop, []) for one in each[1:]]
         names = [name for name in runs[0] if name not in ("absent", "step")]
         if machine.rank == 0:
             print(f"\nnext, with all:\n{TASKS[settings.objective].next_commands([one.folder() for one in each])}")

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import train
-from data import InputError
+from data import InputError, read_rows
 from model import (
     MaskedLanguageModel,
     collate_masked,
@@ -137,6 +137,13 @@ def test_pre_training_goes_on_and_its_encoder_is_fine_tuned(call, encoder_folder
     settings = f"--data {SAMPLE} --limit 200 --split stratified --amp off --epochs 1 --lr 1e-3"
     call(train, *settings.split(), "--model", "tapt/encoder", "--out", "fine")
     assert (tmp_path / "fine" / "ckpt.pt").exists()
+
+
+def test_what_is_held_out_is_not_trained_on(rows):
+    sentences, valid, _ = train.choose_sentences(train.Settings(data=str(SAMPLE), objective="mlm"), print)
+    assert set(sentences).isdisjoint(valid)
+    assert len(valid) == (len(sentences) + len(valid)) // 10
+    assert {*sentences, *valid} == {row.sentence for row in [*rows, *read_rows(SAMPLE / "test_data.csv")]}
 
 
 def test_processes_and_parts_do_not_change_what_is_learned(call, run, encoder_folder, tmp_path):

@@ -5,6 +5,7 @@ import csv
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
+import data
 import infer
 import train
 from data import InputError
@@ -303,7 +305,52 @@ def test_no_sentence_of_a_validation_file_is_trained_on(tmp_path, capsys):
         choose_rows(replace(settings, valid=str(SAMPLE / "train.csv")), print)
 
 
+def test_a_fold_and_bad_rows_are_left_out_as_asked(tmp_path):
+    found, valid, scaling_rows, *_ = choose_rows(Settings(data=str(SAMPLE), folds=5, fold=3), print)
+    cleaned, _ = data.clean(data.read_rows(SAMPLE / "train.csv"))
+    assert (found, valid) == data.fold(cleaned, 5, 3, train.DATA_SEED)
+    assert scaling_rows == []
+
+    lines = (SAMPLE / "train.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "train.csv").write_text("".join([*lines, "bad,a,b,c,no_relation,\n"]), encoding="utf-8")
+    for choose in (choose_rows, train.choose_sentences):
+        settings, said = Settings(data=str(tmp_path)), []
+        with pytest.raises(InputError, match=rf"train.csv:{len(lines) + 1}: "):
+            choose(settings, said.append)
+        choose(replace(settings, skip_bad_rows=True), said.append)
+        assert any(text.startswith("left out 1 bad rows, the first: ") for text in said)
+
+
+PLAN = {"micro_f1": [50, 70, 60, 65, 10], "auprc": [10, 20, 40, 30, 5]}
+
+
+@pytest.mark.parametrize(("metric", "best", "n"), [("micro_f1", 1, 4), ("auprc", 2, 5)])
+def test_the_best_evaluations_model_is_kept_till_patience_ends(
+    call, encoder_folder, tmp_path, monkeypatch, metric, best, n
+):
+    planned = iter([{"micro_f1": a, "auprc": b, "accuracy": 0, "absent": []} for a, b in zip(*PLAN.values())])
+    monkeypatch.setattr(train, "score", lambda probs, gold: next(planned))
+    command = [*small(encoder_folder, "a")[1:], *"--head cls --eval-every 4 --patience 2 --layer-decay 0.5".split()]
+    call(train, *command, "--best-metric", metric)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert [scores["step"] for scores in summary["evaluations"]] == [4, 8, 12, 16, 20][:n]
+    assert (summary["step"], summary["best"]["step"]) == (4 * n, 4 * (best + 1))
+    assert summary["best"][metric] == max(PLAN[metric])
+    kept, last = (torch.load(tmp_path / "a" / name, weights_only=True) for name in ("ckpt.pt", "last.pt"))
+    assert kept["scores"] == summary["best"]
+    assert not torch.equal(kept["weights"]["classifier.weight"], last["weights"]["classifier.weight"])
+    call(train, *command, "--best-metric", metric)  # its patience is at its end: nothing is evaluated
+
+    # the rates by layer are those that the last step was made with
+    rate = learning_rate(Settings(lr=1e-3), 4 * n - 1, 22)
+    groups = last["optimizer"]["param_groups"]
+    assert {round(group["lr"] / rate, 6) for group in groups} == {1, 0.5, 0.25, 0.125}
+    assert all(group["lr"] == pytest.approx(rate * group["scale"]) for group in groups)
+
+
 def test_without_validation_every_row_is_trained_on_and_the_last_model_kept(call, encoder_folder, tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "valid.csv").write_text("of an earlier run")
     settings = f"--data {SAMPLE} --model {encoder_folder} --limit 90 --amp off --batch-size 30 --lr 1e-3 --epochs 2"
     done = call(train, *settings.split(), "--valid", "none", "--no-clean", "--out", "all")
     assert "90 rows to train on, 0 to validate on" in done.out
@@ -337,7 +384,7 @@ def test_a_limit_leaves_the_validation_rows_as_they_are_and_the_learning_rate_su
     assert abs(np.mean([label == "no_relation" for label in predicted]) - 0.4) < 0.02
 
 
-def test_seeds_train_a_run_each_and_their_checkpoints_predict_together(call, encoder_folder, tmp_path):
+def test_seeds_train_a_run_each_and_their_checkpoints_predict_together(call, encoder_folder, tmp_path, monkeypatch):
     settings = f"--data {SAMPLE} --model {encoder_folder} --limit 300 --split stratified --amp off --lr 1e-3 --epochs 2"
     done = call(train, *settings.split(), "--seeds", "2", "--seed", "7", "--out", "s")
     best = [json.loads((tmp_path / f"s-seed={seed}" / "summary.json").read_text())["best"] for seed in (7, 8)]
@@ -346,6 +393,9 @@ def test_seeds_train_a_run_each_and_their_checkpoints_predict_together(call, enc
     assert "python infer.py s-seed=7/ckpt.pt s-seed=8/ckpt.pt" in done.out
     again = call(train, *settings.split(), "--seeds", "2", "--seed", "7", "--out", "s")
     assert again.out.count("going on after step") == 2
+    shutil.rmtree(tmp_path / "s-seed=8")  # as if it had been stopped before
+    again = call(train, *settings.split(), "--seeds", "2", "--seed", "7", "--out", "s", "--resume")
+    assert again.out.count("going on after step") == 1
 
     one, other = "s-seed=7/ckpt.pt", "s-seed=8/ckpt.pt"
     for name in (one, other):
@@ -358,6 +408,14 @@ def test_seeds_train_a_run_each_and_their_checkpoints_predict_together(call, enc
     content = torch.load(tmp_path / other, weights_only=True)
     torch.save(content | {"labels": content["labels"][::-1]}, tmp_path / "turned.pt")
     assert "turned.pt: its labels, or their order" in call(infer, one, "turned.pt", code=2).err
+    torch.save(content | {"run": "../elsewhere"}, tmp_path / "other.pt")
+    call(infer, "other.pt")
+    assert (tmp_path / "out" / "elsewhere.csv").exists()
+
+    # --fresh: an old run of a later seed is no result of this command, wherever this one ends
+    monkeypatch.setattr(train, "batch_gradients", lambda *_: sys.exit(9))
+    call(train, *settings.split(), "--seeds", "2", "--seed", "7", "--out", "s", "--fresh", code=9)
+    assert not list(tmp_path.glob("s-seed=*/last.pt"))
 
 
 def test_what_is_wrong_with_the_data_is_one_line(run, tmp_path):
