@@ -100,21 +100,19 @@ def take_lock(folder: Path):
 
 
 def next_trial(study: optuna.Study, folder: Path, n_trials: int):
-    """(trial, its lock): one that a killed sweep left half done in this folder, else a new one; None after the last."""
-    for unfinished in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        path = folder / f"trial-{unfinished.number}"
-        if path.exists() and (lock := take_lock(path)):
-            return Trial(study, unfinished._trial_id), lock
-    if len(study.get_trials(deepcopy=False)) >= n_trials:
-        return None
-    trial = study.ask()
-    path = folder / f"trial-{trial.number}"
-    lock = take_lock(path)
-    if lock is None:
-        raise InputError(f"{path}: a training of an earlier sweep is at work there; wait, or name another --out")
-    remove_progress(path)  # of a study that was here before
-    (path / "summary.json").unlink(missing_ok=True)
-    return trial, lock
+    """(trial, its lock): one that a killed sweep left half done in this folder, else a new one; None after the last.
+    One in whose folder somebody is at work is left alone."""
+    while True:
+        for unfinished in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            path = folder / f"trial-{unfinished.number}"
+            if path.exists() and (lock := take_lock(path)):
+                if not unfinished.params:  # nothing has begun: what is there is of a study that was here before
+                    remove_progress(path)
+                    (path / "summary.json").unlink(missing_ok=True)
+                return Trial(study, unfinished._trial_id), lock
+        if len(study.get_trials(deepcopy=False)) >= n_trials:
+            return None
+        (folder / f"trial-{study.ask().number}").mkdir(parents=True, exist_ok=True)
 
 
 def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: list[str]) -> int:

@@ -131,12 +131,19 @@ def test_what_cannot_be_searched_is_one_line(call, quick, space, arguments, mess
 
 def test_a_training_that_still_runs_keeps_its_progress(call, quick, tmp_path):
     """As of a sweep whose study was deleted since."""
-    with sweep.take_lock(tmp_path / "runs" / "sweep" / "trial-0"):
-        (tmp_path / "runs" / "sweep" / "trial-0" / "last.pt").write_text("progress")
-        done = call(sweep, "--trials", "1", *quick(lr=[1]), code=2)
-    assert "trial-0: a training of an earlier sweep is at work there" in done.err
-    assert (tmp_path / "runs" / "sweep" / "trial-0" / "last.pt").exists()
-    call(sweep, "--trials", "1", *quick(lr=[1]))
+    folder, space = tmp_path / "runs" / "sweep", quick(lr=[1])
+    with sweep.take_lock(folder / "trial-0"):
+        (folder / "trial-0" / "last.pt").write_text("progress")
+        call(sweep, "--trials", "2", *space)
+    assert [t.state.name for t in study_of(tmp_path).trials] == ["RUNNING", "COMPLETE"]
+    assert (folder / "trial-0" / "last.pt").exists()
+
+    trial, lock = sweep.next_trial(study_of(tmp_path), folder, 2)
+    lock.close()
+    assert trial.number == 0
+    assert not (folder / "trial-0" / "last.pt").exists()  # which is none of this study's
+    call(sweep, "--trials", "2", *space)
+    assert [t.state.name for t in study_of(tmp_path).trials] == ["COMPLETE", "COMPLETE"]
 
 
 def test_a_killed_sweep_goes_on_with_the_trial_it_was_at(call, encoder_folder, tmp_path):
