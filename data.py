@@ -62,7 +62,7 @@ def first_line(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """The text in one line, spaces for line ends and all that a terminal would take for a command."""
+    """The text in one line: spaces for line ends, escapes and all else that str.isprintable refuses."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 

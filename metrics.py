@@ -4,7 +4,7 @@ behind them: intervals, labels, confusions, groups of rows, and whether one mode
     scores = score(probs, gold)          # {"micro_f1": 71.2, "auprc": 74.0, "accuracy": 70.3, "absent": []}
     print(describe(scores, labels))      # one line for people, that names the classes left out of the AUPRC
 
-All but "absent" are percentages. Label 0 is the negative one (no_relation). By report.py tables, figures and a page:
+All but "absent" are percentages. Label 0 is the negative one (no_relation). report.py makes tables, figures and a page:
 
     python metrics.py runs/demo/valid.csv                                    # a run's validation rows
     python metrics.py out/x.csv --gold data/dev.csv                          # a submission, if the labels are known

@@ -13,7 +13,7 @@ inside `FlatEncoder`, on which `RelationModel` and, for pre-training, `MaskedLan
     loss = relation_loss(logits, batch.labels).sum()
 
     checkpoint = load_checkpoint("runs/demo/ckpt.pt")                      # tensors and plain values, no code is run
-    model, tokenizer = restore(checkpoint)                                 # as infer.predict_rows does, and predicts
+    model, tokenizer = restore(checkpoint)                                 # infer.predict_rows does this and predicts
 """
 
 import json
@@ -49,15 +49,15 @@ class Example(NamedTuple):
     openings: tuple[int, int]  # the tokens at which the marks of subject and object open
     label: int  # its number, -1 where there is none
     closings: tuple[int, int]  # the last tokens of the closing marks
-    entities: np.ndarray  # (2, L) 0, of the subject 1, of the object 2; the type, 1 + its place in TYPE_NAMES, or 0
+    entities: np.ndarray  # (2, L) nobody's token 0, the subject's 1, the object's 2; 1 + its place in TYPE_NAMES, or 0
     words: np.ndarray | None = None  # (L,) to mask tokens: the number of a token's word, -1 for special tokens
 
 
 def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):
     """(examples, number of sentences cut) for a fast Hugging Face tokenizer.
 
-    Of an input over `max_length` tokens the marks are kept, then the words of the entities (of words longer than the
-    room the ends), then the tokens nearest to either. A prompt takes at most a quarter of it on each side. Raises
+    Of an input over `max_length` tokens the marks are kept, then the words of the entities (where they do not fit,
+    their ends), then the tokens nearest to either. A prompt takes at most a quarter of it on each side. Raises
     InputError where the marks alone take more.
     """
     backend = tokenizer.backend_tokenizer  # transformers' own call takes twice the time around it

@@ -102,7 +102,7 @@ class Settings:
     marker: str = setting("typed_entity_marker_punct", "how the entities are marked", *MARKERS)
     prompt: str = setting("s_and_o", "what is said beside the sentence", *PROMPTS)
     type_names: str = setting("en", "language of the entity types in typed markers", *TYPE_NAMES)
-    max_length: int = setting(256, "tokens an input may have; of longer ones the marks and entities stay", 64, math.inf)
+    max_length: int = setting(256, "tokens of an input; longer ones lose what is far from the entities", 64, math.inf)
     # model
     objective: str = setting("relation", "what is learned; mlm: masked tokens of the sentences, before fine-tuning",
                              "relation", "mlm")  # fmt: skip
@@ -119,7 +119,7 @@ class Settings:
     epochs: int = setting(5, "times that every training row is seen", 1, math.inf)
     lr: float = setting(0.0, "highest learning rate; 0: 4e-5 for 1,024 hidden units, more for fewer", 0, math.inf)
     layer_decay: float = setting(0.0, "factor of the learning rate from a layer to the one below; 0: 0.85 in an "
-                                 "encoder of 12 layers, in others as much top to bottom (mlm: 1)", 0, 1)  # fmt: skip
+                                 "encoder of 12 layers, in others the same top to bottom (mlm: 1)", 0, 1)  # fmt: skip
     warmup_ratio: float = setting(0.06, "share of the steps in which the learning rate rises; then it falls to 0", 0, 1)
     beta2: float = setting(0.98, "AdamW's second beta", 0, 0.999999)
     weight_decay: float = setting(0.01, "AdamW's weight decay (none on biases and norms)", 0, math.inf)
@@ -179,7 +179,7 @@ class Settings:
         return "-".join(parts)
 
     def test_like(self) -> bool:
-        """Whether a split is to be like KLUE-RE's test set, and predictions (with --valid too)."""
+        """Whether rows split off, and predictions (with --valid too), are to be like KLUE-RE's test set."""
         return self.split == "test-like" and not self.folds
 
     def folder(self) -> Path:
@@ -334,8 +334,8 @@ class Task:
 
 def fingerprint(model: FlatEncoder, tokenizer) -> str:
     """Tells encoders apart that were at the same place at different times: the bits of their weights, added up, and
-    the tokenizer. (The input embeddings are left out: those of added tokens are means, whose rounding
-    depends on the number of threads.)"""
+    the tokenizer. (The input embeddings are left out: those of added tokens are means, whose rounding depends on the
+    number of threads.)"""
     parameters = (p for p in model.encoder.parameters() if p is not model.encoder.get_input_embeddings().weight)
     return f"{sum(int(p.detach().view(torch.int32).sum()) for p in parameters)} {tokenizer.backend_tokenizer.to_str()}"
 
@@ -404,7 +404,7 @@ class Relations(Task):
             found = str(data.data_file(found, "train").parent.resolve())
         save_checkpoint(
             folder / "ckpt.pt", self.model, self.tokenizer, self.labels, settings=asdict(self.settings),
-            run=folder.resolve().name, scores=scores, negative_factor=self.negative_factor, data=found, version=version,
+            run=folder.name, scores=scores, negative_factor=self.negative_factor, data=found, version=version,
         )  # fmt: skip
         if self.valid:
             ids, gold = [row.id for row in self.valid_rows], [row.label for row in self.valid_rows]
@@ -548,7 +548,7 @@ def learning_rate(settings: Settings, step: int, steps: int) -> float:
 
 
 def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """All rows once, in batches of similar length in random order: a pure function of (seed, epoch)."""
+    """The indices of all examples, in batches of similar length in random order: a pure function of (seed, epoch)."""
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     pool = 50 * batch_size  # sorting within pools keeps batches random, and few lengths meet in one
@@ -712,7 +712,7 @@ def train(settings: Settings, machine: Machine, stop: StopSignal, stale: list[Pa
         writer = SummaryWriter(folder, purge_step=progress.step + 1)  # what a killed run has written beyond
         writer.add_text("data", f"{settings.data} {task.about['version']}")
     interval = 0.5 if sys.stderr.isatty() else 60  # a log file needs few lines
-    # since the loss was last read: the sum of the losses, and the steps skipped; those skipped without one between
+    # since the loss was last read: the sum of the losses, the steps skipped; and over readings: those in a row
     loss_sum, bad, bad_in_a_row = torch.zeros(3, device=machine.device).unbind()
     window_start, window_steps, window_sentences = time.perf_counter(), 0, 0
     with tqdm(total=steps, initial=progress.step, unit="step", mininterval=interval, disable=not is_first) as bar:
@@ -784,9 +784,9 @@ def train(settings: Settings, machine: Machine, stop: StopSignal, stale: list[Pa
 
 
 def write_summary(folder: Path, task: Task, progress: Progress, finished: bool):
-    summary = {"run": folder.resolve().name, "finished": finished, **asdict(progress)}
+    summary = {"run": folder.name, "finished": finished, **asdict(progress), "settings": asdict(task.settings)}
     with atomic_write(folder / "summary.json") as file:
-        json.dump(summary | {"settings": asdict(task.settings)} | task.about, file, ensure_ascii=False, indent=1)
+        json.dump(summary | task.about, file, ensure_ascii=False, indent=1)
 
 
 def finish(folder: Path, task: Task, progress: Progress, writer: SummaryWriter):
@@ -819,13 +819,13 @@ def main():
         if settings.norm == "batch" and machine.world_size > 1:
             raise InputError("--norm batch: normalises over the sentences of one process, and there are several")
         is_fresh = settings.fresh and not machine.any(restarts() > 0)  # torchrun's restart is no fresh start
-        if settings.seeds == 1:
-            train(settings, machine, stop, [settings.folder()] if is_fresh else [])
-            return
-        seeds = range(settings.seed, settings.seed + settings.seeds)
-        folder = replace(settings, seed=Settings.seed).folder()
-        each = [replace(settings, seed=seed, seeds=1, out=f"{folder}-seed={seed}") for seed in seeds]
+        seeds, each = range(settings.seed, settings.seed + settings.seeds), [settings]
+        if settings.seeds > 1:
+            folder = replace(settings, seed=Settings.seed).folder()
+            each = [replace(settings, seed=seed, seeds=1, out=f"{folder}-seed={seed}") for seed in seeds]
         runs = [train(each[0], machine, stop, [one.folder() for one in each] if is_fresh else [])]
+        if settings.seeds == 1:
+            return
         # --resume insists on the first one's progress: the others may not have begun
         runs += [train(replace(one, resume=False), machine, stop, []) for one in each[1:]]
         names = [name for name in runs[0] if name not in ("absent", "step")]

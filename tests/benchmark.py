@@ -98,13 +98,13 @@ def ours(arguments, compile=False) -> dict:
         task.model.train()
 
         def steps(batches):
-            for step, rows in enumerate(batches):
-                loss = batch_gradients(task, task.model, rows, step, scaler, settings.max_tokens)
+            for step, indices in enumerate(batches):
+                loss = batch_gradients(task, task.model, indices, step, scaler, settings.max_tokens)
                 update_weights(task.model, optimizer, scaler, settings.clip_norm)
             return loss.item()
 
         batches = training_batches(task.lengths, settings.batch_size, seed=0, epoch=0)
-        longest = sorted(batches, key=lambda rows: -task.lengths[rows].sum())[:WARM_UP]  # as Trainer's first ones are
+        longest = sorted(batches, key=lambda batch: -task.lengths[batch].sum())[:WARM_UP]  # as Trainer's first ones are
         start = time.perf_counter()
         steps(longest)
         warm_up = time.perf_counter() - start

@@ -100,8 +100,8 @@ def test_flat_states_equal_padded_states(family, training):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"deberta-v2"} | DECODERS.keys()))
 def test_a_gpus_kernel_is_asked_for_the_same_attention(family, monkeypatch):
-    """The kernel itself takes a GPU (tests/test_gpu.py); here one stands in for it that does what its documentation
-    says, sentence by sentence, and refuses what it refuses."""
+    """The kernel itself takes a GPU (tests/test_gpu.py); here one stands in for it that does in double precision what
+    its documentation says, sentence by sentence, and refuses another layout."""
     n_calls = 0
 
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
@@ -121,6 +121,9 @@ def test_a_gpus_kernel_is_asked_for_the_same_attention(family, monkeypatch):
         return torch.cat(out)
 
     model = RelationModel(encoder_of(family), 30).double()  # in fp32 the kernel is not asked
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling = 0.5  # as is no default
     batch = collate(examples_of((7, 30, 7, 13, 25, 25)), np.arange(6))
     expected = model.encode(batch)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)

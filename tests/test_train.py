@@ -148,14 +148,14 @@ def test_lower_layers_learn_more_slowly(family):
             assert scale[id(parameter)] == 0.5**4, name
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world):
-    lengths, rows = np.random.default_rng(0).integers(20, 200, 50), np.arange(5)
-    machines = [Machine(torch.device("cpu"), None, rank, world) for rank in range(world)]
-    shares = [share_of_rank(rows, lengths, machine, 300, n_targets=5) for machine in machines]
-    taken = [row for parts, weight in shares for part in parts for row in part if weight]
-    assert sorted(taken) == rows.tolist()
-    assert {weight for _, weight in shares} <= {0.0, world / 5}
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world_size):
+    lengths, indices = np.random.default_rng(0).integers(20, 200, 50), np.arange(5)
+    machines = [Machine(torch.device("cpu"), None, rank, world_size) for rank in range(world_size)]
+    shares = [share_of_rank(indices, lengths, machine, 300, n_targets=5) for machine in machines]
+    taken = [index for parts, weight in shares for part in parts for index in part if weight]
+    assert sorted(taken) == indices.tolist()
+    assert {weight for _, weight in shares} <= {0.0, world_size / 5}
     assert all(len(parts) >= 1 for parts, _ in shares)
 
 
@@ -173,10 +173,10 @@ def test_flat_batches_have_the_loss_curve_of_padded_ones(encoder_folder, amp, co
     padded.encoder = AutoModel.from_pretrained(encoder_folder, add_pooling_layer=False)
     ours, theirs = make_optimizer(task.model, settings), make_optimizer(padded, settings)
     losses = []
-    for step, rows in enumerate(training_batches(task.lengths, settings.batch_size, seed=0, epoch=0)):
-        flat = batch_gradients(task, task.model, rows, step, scaler, 300)
+    for step, indices in enumerate(training_batches(task.lengths, settings.batch_size, seed=0, epoch=0)):
+        flat = batch_gradients(task, task.model, indices, step, scaler, 300)
         update_weights(task.model, ours, scaler, settings.clip_norm)
-        chosen = [task.examples[row] for row in rows]
+        chosen = [task.examples[i] for i in indices]
         ids, types, mask = (
             torch.nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in tokens], batch_first=True)
             for tokens in ([e.ids for e in chosen], [e.segments for e in chosen], [np.ones_like(e.ids) for e in chosen])
@@ -287,9 +287,11 @@ def test_another_data_set_with_its_own_labels(run, encoder_folder, tmp_path, row
         assert {row["pred_label"] for row in csv.DictReader(file)} <= {"none", "직함"}
 
     # predictions are to have as many negatives as these rows, not as KLUE-RE's test set
-    train_rows, valid, like, share, *_ = choose_rows(Settings(data=str(tmp_path / "own"), negative_label="none"), print)
+    train_rows, valid, scaling_rows, share, *_ = choose_rows(
+        Settings(data=str(tmp_path / "own"), negative_label="none"), print
+    )
     assert share == pytest.approx(np.mean([row.label == "none" for row in train_rows + valid]))
-    assert len(like) == len(chosen)
+    assert len(scaling_rows) == len(chosen)
     assert choose_rows(Settings(data=str(SAMPLE), no_relation_share=0.4), print)[3] == 0.4
 
 
@@ -412,7 +414,7 @@ def test_seeds_train_a_run_each_and_their_checkpoints_predict_together(call, enc
     call(infer, "other.pt")
     assert (tmp_path / "out" / "elsewhere.csv").exists()
 
-    # --fresh: an old run of a later seed is no result of this command, wherever this one ends
+    # --fresh: nothing goes on from an old run of a later seed, wherever this one ends
     monkeypatch.setattr(train, "batch_gradients", lambda *_: sys.exit(9))
     call(train, *settings.split(), "--seeds", "2", "--seed", "7", "--out", "s", "--fresh", code=9)
     assert not list(tmp_path.glob("s-seed=*/last.pt"))
