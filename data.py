@@ -211,7 +211,7 @@ def read_json(path: str | Path, expected: str):
 
 def read_csv(path: str | Path, columns: tuple[str, ...]):
     """Yields (line, {column: cell}) for each record of a CSV file that has at least these columns."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2**31 - 1)  # what a C long holds on every system
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line, header = 1, None
     try:

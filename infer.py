@@ -286,7 +286,7 @@ def main():
         n_gold = sum(row.label is not None for row in rows)
         if n_gold == len(rows):
             rows = with_known_labels(rows, labels)
-        names = [Path(run["run"]).name.strip(".") or "run" for run in about]  # a checkpoint does not say where to
+        names = [Path(run["run"]).name.strip(".") or "run" for run in about]  # whoever made it: no folders
         name = "+".join(names) if len(names) < 3 else f"{names[0]}+{len(names) - 1}"  # a file's name has its limits
         out = Path(arguments.out or f"out/{name}.csv")
         probs = mean_of(arguments.checkpoints, rows, machine, arguments.max_tokens)

@@ -49,7 +49,7 @@ class Example(NamedTuple):
     openings: tuple[int, int]  # the tokens at which the marks of subject and object open
     label: int  # its number, -1 where there is none
     closings: tuple[int, int]  # the last tokens of the closing marks
-    entities: np.ndarray  # (2, L) nobody's token 0, the subject's 1, the object's 2; 1 + its place in TYPE_NAMES, or 0
+    entities: np.ndarray  # (2, L) of none 0, of the subject 1, the object 2; its type, 1 + place in TYPE_NAMES, or 0
     words: np.ndarray | None = None  # (L,) to mask tokens: the number of a token's word, -1 for special tokens
 
 

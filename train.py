@@ -678,8 +678,9 @@ def train(settings: Settings, machine: Machine, stop: StopSignal, stale: list[Pa
     optimizer = make_optimizer(task.model, settings)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
     parts = {"weights": task.model, "optimizer": optimizer, "scaler": scaler}
-    for one in stale if is_first else []:
-        remove_progress(one)
+    if is_first:
+        for one in stale:
+            remove_progress(one)
     machine.barrier()
     progress = load_progress(folder, task, parts)
     trained = machine.distribute(task.model)
