@@ -295,8 +295,20 @@ def html_page(title: str, sections: list[Section], images: list[bytes | None]) -
 
 
 def write_report(title: str, sections: list[Section], out: Path):
-    """Prints the sections, and writes their figures and index.html into the folder `out`."""
+    """Writes the sections' figures and index.html into the folder `out`, and then prints the sections: a reader of
+    what is printed, such as `head`, may end the program."""
     images = []
+    for section in sections:
+        images.append(None)
+        if section.figure:
+            buffer = io.BytesIO()
+            section.figure.savefig(buffer, format="png")
+            images[-1] = buffer.getvalue()
+            name = re.sub(r"\W+", "-", section.title.lower())
+            with atomic_write(out / f"{name}.png", "wb") as file:
+                file.write(images[-1])
+    with atomic_write(out / "index.html") as file:
+        file.write(html_page(title, sections, images))
     print(title)
     for section in sections:
         if section.table or section.cases:
@@ -309,16 +321,6 @@ def write_report(title: str, sections: list[Section], out: Path):
             print(text_cases(section.cases[:CASES]))
         if len(section.cases or []) > CASES:
             print(f"... and {len(section.cases) - CASES} more in the page")
-        images.append(None)
-        if section.figure:
-            buffer = io.BytesIO()
-            section.figure.savefig(buffer, format="png")
-            images[-1] = buffer.getvalue()
-            name = re.sub(r"\W+", "-", section.title.lower())
-            with atomic_write(out / f"{name}.png", "wb") as file:
-                file.write(images[-1])
-    with atomic_write(out / "index.html") as file:
-        file.write(html_page(title, sections, images))
     print(f"\n{out / 'index.html'}: the same as a page, its figures as PNG beside it")
 
 

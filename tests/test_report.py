@@ -132,6 +132,16 @@ def test_a_report_on_a_run(folder, printed):
     assert "<script" not in page
 
 
+def test_a_page_is_whole_though_nobody_reads_what_is_printed(tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError), contextlib.redirect_stdout(Closed()):
+        report.write_report("a title", [report.Section("first"), report.Section("last", "its note")], tmp_path)
+    assert "its note" in (tmp_path / "index.html").read_text()
+
+
 def test_a_submission_needs_the_labels(folder, capsys, tmp_path):
     some = read_rows(folder / "train.csv")
     probs, gold = write_run(tmp_path / "x", some, 0, 2.0)
