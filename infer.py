@@ -59,6 +59,18 @@ class Machine:
     rank: int = 0
     world_size: int = 1
 
+    def in_precision(self, amp: str) -> "Machine":
+        """This machine computing in auto, off, bf16 or fp16. auto is the same on all processes, whatever the others'
+        devices can do: gradients that fp16 has scaled on some of them only cannot be added up."""
+        cuda = self.device.type == "cuda"
+        if amp == "auto":
+            if cuda:
+                has_bf16 = torch.cuda.get_device_capability(self.device) >= (8, 0)
+            else:
+                has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            amp = "bf16" if not self.any(not has_bf16) else "fp16" if cuda else "off"
+        return replace(self, amp={"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
@@ -100,13 +112,7 @@ def running(amp: str):
     if cuda and here > torch.cuda.device_count():
         raise InputError(f"torchrun --nproc_per_node: found {here}, expected at most {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", place) if cuda else torch.device("cpu")
-    if amp == "auto":
-        if cuda:
-            amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-        else:
-            has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            amp = "bf16" if has_bf16 else "off"
-    machine = Machine(device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+    machine = Machine(device, None)
     if cuda:
         torch.cuda.set_device(device)
     elif sys.platform == "linux":
@@ -115,7 +121,7 @@ def running(amp: str):
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if "RANK" not in os.environ:
-        yield machine
+        yield machine.in_precision(amp)
         return
     if not cuda and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # what torchrun sets where nobody else has
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
@@ -127,7 +133,7 @@ def running(amp: str):
     dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world_size)
     failed = False
     try:
-        yield replace(machine, rank=rank, world_size=world_size)
+        yield replace(machine, rank=rank, world_size=world_size).in_precision(amp)
     except BaseException as end:
         failed = isinstance(end, Exception)
         traceback.clear_frames(end.__traceback__)

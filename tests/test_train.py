@@ -20,7 +20,7 @@ from data import InputError
 from infer import Machine
 from metrics import read_predictions
 from model import RelationModel
-from tests.conftest import SAMPLE
+from tests.conftest import ROOT, SAMPLE
 from tests.test_model import DECODERS, FAMILIES, encoder_of
 from train import (
     Relations,
@@ -157,6 +157,19 @@ def test_ranks_share_a_batch_without_loss_and_in_like_amounts(world_size):
     assert sorted(taken) == indices.tolist()
     assert {weight for _, weight in shares} <= {0.0, world_size / 5}
     assert all(len(parts) >= 1 for parts, _ in shares)
+
+
+@pytest.mark.parametrize(("with_bf16", "expected"), [("0 1", "torch.bfloat16"), ("0", "None")])
+def test_processes_of_unlike_devices_compute_in_the_same_precision(run, tmp_path, with_bf16, expected):
+    program = tmp_path / "tell.py"
+    program.write_text(
+        f"import os, sys, torch; sys.path.insert(0, {str(ROOT)!r}); import infer\n"
+        f"torch.cpu._is_avx512_bf16_supported = lambda: os.environ['RANK'] in {with_bf16.split()}\n"
+        "torch.cpu._is_amx_tile_supported = lambda: False\n"
+        "with infer.running('auto') as machine: print(f'computes in {machine.amp}\\n', end='')\n"
+    )
+    printed = run(program, processes=2).stdout.splitlines()
+    assert printed.count(f"computes in {expected}") == 2
 
 
 @pytest.mark.parametrize(
