@@ -304,7 +304,7 @@ def write_report(title: str, sections: list[Section], out: Path):
             buffer = io.BytesIO()
             section.figure.savefig(buffer, format="png")
             images[-1] = buffer.getvalue()
-            name = re.sub(r"\W+", "-", section.title.lower())
+            name = re.sub(r"\W+", "-", section.title.lower()).strip("-")
             with atomic_write(out / f"{name}.png", "wb") as file:
                 file.write(images[-1])
     with atomic_write(out / "index.html") as file:
@@ -462,6 +462,8 @@ def rows_of(file: metrics.Predictions, gold_path: str | None, summary: dict) -> 
     by_id = {row.id: row for row in data.read_rows(gold_path, [] if settings.get("skip_bad_rows") else None)}
     for line, id in zip(file.lines, file.ids):
         expect(id in by_id, f"{file.path}:{line}", "id", id, f"one of {gold_path}; --gold names the rows' file")
+    if len(file.ids) < len(by_id):  # ids alone do not tell another file's rows
+        print(f"{file.path}: {len(file.ids):,} of the {len(by_id):,} rows of {gold_path}")
     return [by_id[id] for id in file.ids]
 
 

@@ -155,6 +155,14 @@ def test_a_submission_needs_the_labels(folder, capsys, tmp_path):
         if name != "absent":
             assert re.search(rf"^{SCORES[name]} +{value:.2f} ", text, re.MULTILINE)
     assert (tmp_path / "mine/index.html").exists()
+    assert "rows of" not in text
+    write_predictions(
+        tmp_path / "few.csv", [r.id for r in some[:5]], [some[0].label] * 5, np.tile(np.eye(30)[gold[0]], (5, 1))
+    )
+    program(report.metrics_report, tmp_path / "few.csv", "--gold", folder / "train.csv")
+    assert capsys.readouterr().out.startswith(
+        f"{tmp_path / 'few.csv'}: 5 of the {len(some):,} rows of {folder / 'train.csv'}\n"
+    )
 
 
 def test_a_vote_is_scored_by_the_labels_that_it_names(tmp_path, capsys):
