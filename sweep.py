@@ -228,7 +228,7 @@ def main():
         if ended.state == TrialState.FAIL:
             why = (read_text(path / "log").splitlines() or [""])[-1]
             if code == 2 and trial.number == 0:  # bad input that all trials would have
-                raise InputError(f"{path}: {why}; the same command goes on when that is mended")
+                raise InputError(f"{path}: {why}; mend it and go on by the same command, or name another --out")
             result += f": {why}"
         print(f"{path}: {result}", flush=True)
 

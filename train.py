@@ -152,10 +152,10 @@ class Settings:
                 raise InputError(f"{flag(f.name)}: found {value}, expected {allowed[0]} to {allowed[1]}")
         if self.label_smoothing and (self.focal_gamma or self.focal_alpha):
             raise InputError("--label-smoothing goes with cross entropy, not with --focal-gamma or --focal-alpha")
-        if self.folds and (self.valid or self.folds == 1 or self.fold >= self.folds):
-            raise InputError(f"--folds {self.folds}: expected 2 or more, a --fold below that, and no --valid")
-        if self.fold and not self.folds:
-            raise InputError("--fold says which one of --folds")
+        if self.folds and (self.valid or self.folds == 1):
+            raise InputError(f"--folds {self.folds}: expected 2 or more, and no --valid")
+        if self.fold and self.fold >= self.folds:
+            raise InputError(f"--fold {self.fold}: expected less than --folds, {self.folds}")
         if self.folds and self.objective == "mlm":
             raise InputError("--folds is for relations; with --objective mlm a tenth of the sentences is held out")
         if self.patience and self.valid == "none":

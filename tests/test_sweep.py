@@ -97,7 +97,9 @@ def test_bad_input_of_the_first_trial_ends_the_sweep_which_goes_on_when_it_is_me
     propose(14, 1, 14)
     arguments = ["--trials", "3", *quick(lr=[1, 14])]
     refused = call(sweep, *arguments, code=2).err
-    assert refused.strip().endswith("trial-0: no train.csv; the same command goes on when that is mended")
+    assert refused.strip().endswith(
+        "trial-0: no train.csv; mend it and go on by the same command, or name another --out"
+    )
     assert len(study_of(tmp_path).trials) == 1
     call(sweep, *arguments)  # one that others do not have costs a trial
     assert [t.state.name for t in study_of(tmp_path).trials] == ["FAIL", "COMPLETE", "FAIL"]
