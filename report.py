@@ -451,7 +451,8 @@ def matching(patterns: list[str], option: str) -> list[str]:
 
 def rows_of(file: metrics.Predictions, gold_path: str | None, summary: dict) -> list[Row] | None:
     """The rows that a file predicts: of --gold, else of the file that its run validated on or that it split, or None if
-    that is not there. InputError for an id that is not in it."""
+    that is not there. Prints how many of the file's rows they are, if not all. InputError for an id that is not
+    in it."""
     settings = summary.get("settings", {})
     if gold_path is None:
         try:
