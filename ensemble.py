@@ -1,10 +1,10 @@
-"""Votes several submissions into one: models, seeds and settings err in different places.
+"""Vote over several submissions: different models, seeds and settings make different mistakes.
 
-    python ensemble.py out/*.csv                                     # hard vote into submission.csv
-    python ensemble.py out/*.csv --soft                              # the mean of the probabilities
+    python ensemble.py out/*.csv                                # hard vote into submission.csv
+    python ensemble.py out/*.csv --soft                         # mean of the probabilities
     python ensemble.py out/a.csv out/b.csv --weights 2 1 --out best.csv
 
-Reads files of id,pred_label,probs as infer.py writes them. Where they do not fit together, nothing is written.
+Reads id,pred_label,probs as infer.py writes it. Files of different rows are an error.
 """
 
 import argparse
@@ -13,13 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError, Parser, exit_on_bad_input
+from common import InputError, Parser, exit_on_error
 from metrics import Predictions, check_alike, class_names, read_predictions, write_predictions
 
 
 def vote(submissions: list[Predictions], names: dict[int, str], weights: np.ndarray, soft: bool):
-    """(predicted labels, probs (N, C)): the weighted mean of the probabilities, or the shares of the votes, where a
-    tie goes to the class of higher summed probability."""
+    """(predicted labels, probs (N, C)) of a weighted vote over submissions of N rows.
+
+    soft: probs are the mean of the probabilities. Otherwise they are shares of the votes; in a tie
+    the class with the higher mean probability wins.
+    """
     mean = shares = np.average([s.probs for s in submissions], 0, weights)
     if not soft:
         number = {label: c for c, label in names.items()}
@@ -29,39 +32,41 @@ def vote(submissions: list[Predictions], names: dict[int, str], weights: np.ndar
     winners = np.where(tied, mean, -1).argmax(1)
     unnamed = set(winners.tolist()) - set(names)
     if unnamed:
-        raise InputError(f"class {min(unnamed)} wins a vote, but no file predicts it, so its label is not known")
+        found = f"class {min(unnamed)} wins the vote of a row, but no file predicts it"
+        raise InputError(f"{found}: the name of its label is unknown")
     return [names[c] for c in winners.tolist()], shares
 
 
 def print_agreement(submissions: list[Predictions]):
-    """In how many per cent of the rows each two files predict the same."""
     predicted = np.array([s.predicted for s in submissions])
+    print("rows predicted alike by two files, in %:")
     for i, s in enumerate(submissions):
         cells = [f"{100 * (predicted[i] == predicted[j]).mean():5.1f}" for j in range(i)]
         print(f"[{i + 1}] {s.path}", *cells, sep="  ")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="submissions of the same rows")
-    parser.add_argument("--soft", action="store_true", help="average probabilities instead of counting votes")
-    parser.add_argument("--weights", nargs="+", type=float, help="a weight for each file (all alike)")
-    parser.add_argument("--out", default="submission.csv", help="file to write (submission.csv)")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("files", nargs="+", help="submissions of the same rows")
+    add("--soft", action="store_true", help="average the probabilities instead of counting votes")
+    add("--weights", nargs="+", type=float, metavar="X", help="weight of each file (default: 1)")
+    add("--out", default="submission.csv", help="file to write (default: submission.csv)")
     arguments = parser.parse_args()
-    weights = arguments.weights or [1.0] * len(arguments.files)
-    if len(weights) != len(arguments.files):
-        raise InputError(f"--weights: found {len(weights)}, expected {len(arguments.files)}, one for each file")
+    files, weights = arguments.files, arguments.weights or [1.0] * len(arguments.files)
+    if len(weights) != len(files):
+        raise InputError(f"--weights: found {len(weights)}, expected {len(files)}, one per file")
     if not all(0 <= w < math.inf for w in weights) or sum(weights) == 0:
         raise InputError(f"--weights: found {weights}, expected numbers from 0, not all 0")
     arguments.weights = np.array(weights)
-    for file in arguments.files:
+    for file in files:
         if Path(arguments.out).resolve().parent == Path(file).resolve().parent:
-            why = "is in its folder; expected another one, lest the next vote counts the result too"
-            raise InputError(f"--out {arguments.out}: {file} {why}")
+            hint = f"expected another folder than that of {file}; the next *.csv would include it"
+            raise InputError(f"--out {arguments.out}: {hint}")
     return arguments
 
 
-@exit_on_bad_input
+@exit_on_error
 def main():
     arguments = parse_arguments()
     submissions = [read_predictions(path) for path in arguments.files]
@@ -70,10 +75,9 @@ def main():
     predicted, probs = vote(submissions, names, arguments.weights, arguments.soft)
     write_predictions(arguments.out, submissions[0].ids, predicted, probs)
     if len(submissions) > 1:
-        print("rows that two files predict alike, in per cent:")
         print_agreement(submissions)
     kind = "soft" if arguments.soft else "hard"
-    print(f"{arguments.out}: {kind} vote, files: {len(submissions)}, rows: {len(predicted)}")
+    print(f"{arguments.out}: {kind} vote of {len(submissions)} files, {len(predicted)} rows")
 
 
 if __name__ == "__main__":

@@ -1,247 +1,256 @@
-"""Searches for good settings: Optuna proposes them, train.py tries them out.
+"""Search for good settings: Optuna proposes them, and train.py is run with each proposal.
 
-    python sweep.py --trials 20                                        # the wrap-up report's space
+    python sweep.py --trials 20                             # the wrap-up report's search space
     python sweep.py --trials 8 --space space.json -- --model DIR --limit 2000 --epochs 1
-    python sweep.py --trials 20 --storage postgresql://USER:PASSWORD@HOST/DATABASE     # on each of many machines
+    python sweep.py --trials 20 --storage postgresql://USER:PASSWORD@HOST/DATABASE
 
-A trial is `python train.py` with the arguments behind `--`, the settings proposed and a folder runs/sweep/trial-N: a
-crash costs that trial alone. Its validation scores are read from summary.json as they come, and where they stay below
-the median of the trials before, it is stopped. The study is in runs/sweep/study.db: the same command goes on with it.
+A trial is a subprocess, train.py with the arguments after `--` and the proposed settings, in the
+folder runs/sweep/trial-N: a crash costs that trial alone. A trial whose validation scores are below
+the median of the earlier trials is stopped. The same command resumes a stopped or killed sweep from
+runs/sweep/study.db. With --storage, several machines that share the folder can run it together.
 """
 
-import argparse
 import ctypes
-import fcntl
 import math
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+import warnings
+from itertools import starmap
 from pathlib import Path
 
-import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
-
-from data import InputError, Parser, exit_on_bad_input, first_line, read_json, read_text
+from checkpoint import PROGRESS_FILES, remove_progress
+from common import InputError, Parser, exit_on_error, expect, first_line, optional_import, read_json
+from data import MARKERS, PROMPTS, TYPE_NAMES
+from distributed import StopSignal
 from metrics import read_summary
-from train import PROGRESS_FILES, Settings, flag, parse_settings, remove_progress
+from page import text_table
+from settings import Settings, option, parse_settings
+
+try:
+    import optuna
+except ImportError:
+    optuna = None  # main() reports it
 
 HERE = Path(__file__).parent
 SPACE = {  # what the wrap-up report searched
-    "marker": ["none", "entity_marker", "entity_marker_punct", "typed_entity_marker", "typed_entity_marker_punct"],
-    "prompt": ["none", "s_sep_o", "s_and_o", "quiz", "problem"],
-    "type_names": ["en", "ko"],
+    "marker": [name for name in MARKERS if name != "entity_mask"],
+    "prompt": list(PROMPTS),
+    "type_names": list(TYPE_NAMES),
     "lr": [1e-5, 2e-5, 3e-5, 5e-5],
     "epochs": [3, 5],
     "beta2": [0.98, 0.999],
     "warmup_ratio": [0.06, 0.1],
     "head": ["cls", "bilstm", "bigru"],
 }
-POLL = 1.0  # seconds between two looks at a trial
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20, help="trials in all, those of other machines too (20)")
-    parser.add_argument("--space", help='JSON file {"lr": [1e-5, 2e-5], ...}: the choices for each setting')
-    parser.add_argument("--storage", help="Optuna storage URL; default: SQLite in the sweep's folder")
-    parser.add_argument("--out", default="runs/sweep", help="the sweep's folder, named as the study (runs/sweep)")
-    parser.add_argument("--top", type=int, default=0, help="predict with this many of the best runs, into out/")
-    parser.add_argument("arguments", nargs="*", help="behind --: what each train.py gets too")
-    arguments = parser.parse_args()
-    if arguments.trials < 1 or arguments.top < 0:
-        raise InputError("--trials: expected at least 1, --top: at least 0")
-    return arguments
+def parse_arguments():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--trials", type=int, default=20, help="trials of all machines together (default: 20)")
+    add("--space", help='JSON file {"lr": [1e-5, 2e-5], ...}: the choices for each setting')
+    add("--storage", help="Optuna storage URL (default: study.db in the folder)")
+    add("--out", default="runs/sweep", help="folder, named as the study (default: runs/sweep)")
+    add("--top", type=int, default=0, help="predict with this many of the best runs, into out/")
+    add("arguments", nargs="*", help="after --: arguments of every train.py")
+    return parser.parse_args()
 
 
 def read_space(path: str | None, arguments: list[str]) -> dict[str, list]:
-    """The choices for each setting, once it is sure that train.py takes them beside the other arguments."""
-    expected = 'a JSON object {"lr": [1e-5, 2e-5], ...}'
+    """The choices for each setting; InputError unless train.py accepts each with `arguments`."""
+    expected = 'an object {"lr": [1e-5, 2e-5], ...}: settings of train.py and lists of choices'
     space = read_json(path, expected) if path else SPACE
-    known = [f.name for f in fields(Settings)]
-    if not isinstance(space, dict) or not space:
-        raise InputError(f"{path}: expected {expected}")
+    expect(isinstance(space, dict) and space, path, "space", space, expected)
     for name, choices in space.items():
-        if name not in known or not isinstance(choices, list) or not choices:
-            raise InputError(f"{path}: {name}: found {choices!r}, expected a setting of train.py and a list of choices")
+        valid = name in Settings.__dataclass_fields__ and isinstance(choices, list) and choices
+        expect(valid, path, name, choices, expected)
         for choice in choices:
-            settings = parse_settings([*arguments, *as_arguments({name: choice})])
-            if settings.objective == "mlm" or settings.seeds > 1 or settings.valid == "none" or settings.resume:
-                raise InputError(
-                    "no --objective mlm, --seeds, --valid none or --resume in a sweep: a trial is a run with scores"
-                )
+            given = [*arguments, as_argument(name, choice)]
+            settings = parse_settings(Settings, "train.py", "", given)
+            if settings.seeds > 1 or settings.valid == "none" or settings.resume:
+                raise InputError("a sweep takes no --seeds, --valid none or --resume")
     return space
 
 
-def as_arguments(params: dict) -> list[str]:
-    """Settings as train.py's command line takes them."""
-    arguments = []
-    for name, value in params.items():
-        switch = isinstance(value, bool)
-        arguments += [flag(name if value else f"no_{name}")] if switch else [flag(name), str(value)]
-    return arguments
+def as_argument(name: str, value) -> str:
+    """A setting as an option of train.py."""
+    if isinstance(value, bool):
+        return option(name if value else f"no_{name}")
+    return f"{option(name)}={value}"
 
 
-# --- trials ------------------------------------------------------------------------------------------------------
+# --- trials -----------------------------------------------------------------------------------
 
 
-def take_lock(folder: Path):
-    """The open lock file of a trial's folder, or None where somebody has it: a sweep, or a training it left behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115
+def open_study(url: str, name: str, heartbeat: int) -> "optuna.Study":
+    """Create or load the study.
+
+    A running trial writes a heartbeat to the storage every `heartbeat` seconds. After three
+    intervals without one, Optuna marks the trial as failed and adds another one that retries it.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "The reported value is ignored")  # the study has it already
+    retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
+    beat = {"heartbeat_interval": heartbeat, "grace_period": 3 * heartbeat}
+    sampler = optuna.samplers.TPESampler(constant_liar=True)  # for trials that run in parallel
+    method = {"sampler": sampler, "pruner": optuna.pruners.MedianPruner(), "direction": "maximize"}
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
+        storage = optuna.storages.RDBStorage(url, heartbeat_stale_trial_callback=retry, **beat)
+        return optuna.create_study(study_name=name, storage=storage, load_if_exists=True, **method)
+    except Exception as error:  # of SQLAlchemy, the database or its driver
+        raise InputError(f"--storage: cannot open study {name}: {first_line(error)}") from error
 
 
-def next_trial(study: optuna.Study, folder: Path, n_trials: int):
-    """(trial, its lock): one that a killed sweep left half done in this folder, else a new one; None after the last.
-    One in whose folder somebody is at work is left alone."""
-    while True:
-        for unfinished in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            path = folder / f"trial-{unfinished.number}"
-            if path.exists() and (lock := take_lock(path)):
-                if not unfinished.params:  # nothing has begun: what is there is of a study that was here before
-                    remove_progress(path)
-                    (path / "summary.json").unlink(missing_ok=True)
-                return Trial(study, unfinished._trial_id), lock
-        if len(study.get_trials(deepcopy=False)) >= n_trials:
-            return None
-        (folder / f"trial-{study.ask().number}").mkdir(parents=True, exist_ok=True)
+def number_of(trial) -> int:
+    """The number in the folder's name: of the trial that this one retries, or its own."""
+    retried = optuna.storages.RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
+    return trial.number if retried is None else retried
 
 
-def run_trial(study: optuna.Study, trial: Trial, lock, folder: Path, command: list[str]) -> int:
-    """Runs train.py to its end, or till it lags behind, and tells the study what came of it; returns its exit code."""
-    with open(folder / "log", "a") as log:
-        training = subprocess.Popen(
-            command, stdout=log, stderr=log, pass_fds=[lock.fileno()], preexec_fn=end_with_parent
+def last_attempts(study) -> list:
+    """All trials, or of a retried trial its last retry; the completed ones first, by score."""
+    trials = {number_of(trial): trial for trial in study.get_trials(deepcopy=False)}.values()
+    return sorted(trials, key=lambda t: (t.state.name != "COMPLETE", -(t.value or 0)))
+
+
+def search(study, space: dict, folder: Path, train: list[str], n_trials: int, poll: float):
+    """Run trials until the study has `n_trials`, all finished; a retry does not count as another.
+
+    `train` is the command of a training. `poll` is the time in seconds between two looks at it.
+    """
+    stop, waiting = StopSignal(), False
+
+    def objective(trial) -> float:
+        params = {name: trial.suggest_categorical(name, choices) for name, choices in space.items()}
+        settings = list(starmap(as_argument, params.items()))
+        number = number_of(study.get_trials(deepcopy=False)[trial.number])
+        path = folder / f"trial-{number}"
+        print(f"{path}: {shlex.join(settings)}", flush=True)
+        if number == trial.number:  # not a retry: these files are of a deleted study
+            remove_progress(path)
+            (path / "summary.json").unlink(missing_ok=True)
+        return run_trial(trial, path, [*train, *settings, "--out", str(path)], stop, poll)
+
+    def after_trial(study, trial):
+        path = folder / f"trial-{number_of(trial)}"
+        score = "" if trial.value is None else f" {trial.value:.2f}"
+        print(f"{path}: {trial.state.name.lower()}{score}", flush=True)
+        for name in PROGRESS_FILES:  # three times the size of the model, and no longer needed
+            (path / name).unlink(missing_ok=True)
+
+    while not stop.number:
+        optuna.storages.fail_stale_trials(study)  # and adds their retries, in state WAITING
+        trials = last_attempts(study)
+        if len(trials) < n_trials or any(t.state.name == "WAITING" for t in trials):
+            failed = (subprocess.CalledProcessError,)
+            study.optimize(objective, n_trials=1, catch=failed, callbacks=[after_trial])
+        elif any(t.state.name == "RUNNING" and t.params for t in trials):
+            # a trial without settings has no heartbeat either: it would never become stale
+            if not waiting:
+                print("waiting for trials that run elsewhere or have just been stopped", flush=True)
+            waiting = True
+            time.sleep(poll)
+        else:
+            return
+    sys.exit(128 + stop.number)
+
+
+def run_trial(trial, path: Path, command: list[str], stop: StopSignal, poll: float) -> float:
+    """Run a training, report its evaluations as they appear, and return its best score."""
+    path.mkdir(exist_ok=True)
+    with open(path / "log", "a") as log:
+        training = subprocess.Popen(  # in a session of its own: only this process signals it
+            command, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
         )
-    pruned = False
+    ended = pruned = False
     try:
-        while training.poll() is None and not pruned:
-            time.sleep(POLL)
-            report_scores(trial, read_summary(folder))
-            pruned = trial.should_prune()
+        while not (ended or pruned or stop.number):
+            time.sleep(poll)
+            ended = training.poll() is not None  # before reading: no evaluation follows
+            summary = read_summary(path)
+            for number, scores in enumerate(summary.get("evaluations", []), 1):
+                trial.report(scores[summary["settings"]["best_metric"]], number)
+            pruned = not ended and trial.should_prune()
     finally:
-        if training.poll() is None:
-            training.terminate()  # it finishes its step and saves
-            training.wait()
-    summary = read_summary(folder)
-    if training.returncode == 0 and summary.get("finished"):
-        report_scores(trial, summary)
-        study.tell(trial, summary["best"][summary["settings"]["best_metric"]])
-    else:
-        study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
-    for name in PROGRESS_FILES:  # three times the model's size, and nothing goes on from them
-        (folder / name).unlink(missing_ok=True)
-    return training.returncode
+        training.terminate()  # unless it has ended; it finishes its step and saves
+        training.wait()
+    if stop.number:  # Optuna does not catch SystemExit: the trial will be retried
+        print(f"{path}: stopped; the same command resumes")
+        sys.exit(128 + stop.number)
+    if pruned:
+        raise optuna.TrialPruned
+    if training.returncode == 0:
+        return summary["best"][summary["settings"]["best_metric"]]
+    log = (path / "log").read_text(encoding="utf-8", errors="replace")
+    error = f"{path}: {(log.splitlines() or ['no output'])[-1]}"
+    if training.returncode == 2 and all(t.value is None for t in last_attempts(trial.study)):
+        raise InputError(f"{error}; fix it and rerun the same command, or use another --out")
+    print(error, flush=True)
+    raise subprocess.CalledProcessError(training.returncode, command)
 
 
 def end_with_parent():
-    """Run in the training's process before it starts: a sweep that is killed stops it too."""
+    """Let Linux send SIGTERM to this new process when the sweep ends, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def report_scores(trial: Trial, summary: dict):
-    """Tells the study the evaluations that it does not know yet, numbered from 1."""
-    known = len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-    for number, scores in enumerate(summary.get("evaluations", []), 1):
-        if number > known:
-            trial.report(scores[summary["settings"]["best_metric"]], number)
+# --- results ----------------------------------------------------------------------------------
 
 
-# --- the end -----------------------------------------------------------------------------------------------------
-
-
-def best_first(study: optuna.Study) -> list[FrozenTrial]:
-    done = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    return sorted(done, key=lambda trial: (-trial.value, trial.number))
-
-
-def table(study: optuna.Study, space: dict) -> list[dict]:
-    """All trials, the best first and those without a result last."""
-    trials = best_first(study)
-    trials += [trial for trial in study.get_trials(deepcopy=False) if trial not in trials]
-    lines = []
+def show(study, trials: list, done: list, folder: Path, arguments: list[str]):
+    """Print the table, the importance of each setting and the command that repeats the best run."""
+    best, table = done[0], []
     for trial in trials:
-        values = trial.intermediate_values.values()
-        score = trial.value if trial.state == TrialState.COMPLETE else max(values, default=math.nan)
-        settings = {name: str(trial.params.get(name, "")) for name in space}
-        lines.append({"trial": trial.number, "score": score, "state": trial.state.name.lower(), **settings})
-    return lines
-
-
-def show(study: optuna.Study, space: dict, folder: Path, arguments: list[str]):
-    """Prints the table, the importance of each setting and the command that trains the best again."""
-    from report import text_table  # what draws takes a second to import, which the start need not wait for
-
-    print(f"\n{text_table(table(study, space))}")
-    best = best_first(study)
-    if len(best) >= 2:
+        score = max(trial.intermediate_values.values(), default=math.nan)
+        line = {"trial": number_of(trial), "score": score, "state": trial.state.name.lower()}
+        table.append(line | {name: str(trial.params.get(name, "")) for name in best.params})
+    print(f"\n{text_table(table)}")
+    varied = [n for n, value in best.params.items() if any(t.params[n] != value for t in done)]
+    if varied:
+        fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)  # works with few trials
+        shares = optuna.importance.get_param_importances(study, evaluator=fanova, params=varied)
         print("\nimportance of each setting")
-        for name, share in optuna.importance.get_param_importances(study).items():
+        for name, share in shares.items():
             print(f"  {name:20} {share:.2f}")
-    command = ["python", "train.py", *arguments, *as_arguments(best[0].params), "--out", str(folder / "best")]
-    print(f"\nthe best, {folder / f'trial-{best[0].number}'}, again:\n  {shlex.join(command)}")
+    settings = starmap(as_argument, best.params.items())
+    command = ["python", "train.py", *arguments, *settings, "--out", str(folder / "best")]
+    print(f"\nto repeat trial {number_of(best)}, the best:\n  {shlex.join(command)}")
 
 
-@exit_on_bad_input
-def main():
+@exit_on_error
+def main(programs: Path = HERE, poll: float = 1.0, heartbeat: int = 10):
+    """For tests: the folder of train.py and infer.py, and two intervals in seconds."""
     arguments = parse_arguments()
-    space = read_space(arguments.space, arguments.arguments)
-    folder = Path(arguments.out)
+    optional_import("optuna", "sweep.py")
+    space, folder = read_space(arguments.space, arguments.arguments), Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        study = optuna.create_study(
-            study_name=folder.name,
-            storage=arguments.storage or f"sqlite:///{folder / 'study.db'}",
-            sampler=optuna.samplers.TPESampler(constant_liar=True),  # machines at work together try different things
-            pruner=optuna.pruners.MedianPruner(),
-            direction="maximize",
-            load_if_exists=True,
-        )
-    except Exception as error:  # of many kinds: the database's, its driver's
-        raise InputError(f"--storage: the study {folder.name} cannot be opened: {first_line(error)}") from error
+    url = arguments.storage or f"sqlite:///{folder / 'study.db'}"
+    study = open_study(url, folder.name, heartbeat)
     made_with = {"space": space, "arguments": arguments.arguments}
     if study.user_attrs.get("made_with", made_with) != made_with:
-        raise InputError(f"{folder}: holds a sweep with another space or other arguments; name another --out")
+        found = "found a sweep with another space or other arguments"
+        raise InputError(f"{folder}: {found}; use another --out")
     study.set_user_attr("made_with", made_with)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-    while found := next_trial(study, folder, arguments.trials):
-        trial, lock = found
-        params = {name: trial.suggest_categorical(name, choices) for name, choices in space.items()}
-        path = folder / f"trial-{trial.number}"
-        print(f"{path}: {shlex.join(as_arguments(params))}", flush=True)
-        command = [sys.executable, str(HERE / "train.py"), *arguments.arguments, *as_arguments(params)]
-        with lock:
-            code = run_trial(study, trial, lock, path, [*command, "--out", str(path)])
-        ended = study.get_trials(deepcopy=False)[trial.number]
-        result = f"{ended.value:.2f}" if ended.state == TrialState.COMPLETE else ended.state.name.lower()
-        if ended.state == TrialState.FAIL:
-            why = (read_text(path / "log").splitlines() or [""])[-1]
-            if code == 2 and trial.number == 0:  # bad input that all trials would have
-                raise InputError(f"{path}: {why}; mend it and go on by the same command, or name another --out")
-            result += f": {why}"
-        print(f"{path}: {result}", flush=True)
-
-    best = best_first(study)
-    if not best:
-        raise InputError(f"{folder}: no trial has come to its end, see {folder}/trial-*/log; raise --trials")
-    show(study, space, folder, arguments.arguments)
-    written, params = [], [trial.params for trial in best]
-    different = [trial for i, trial in enumerate(best) if trial.params not in params[:i]]  # small spaces repeat some
-    for trial in different[: arguments.top]:
-        written.append(f"out/{folder.name}-trial-{trial.number}.csv")
-        checkpoint = folder / f"trial-{trial.number}" / "ckpt.pt"
-        if subprocess.run([sys.executable, str(HERE / "infer.py"), str(checkpoint), "--out", written[-1]]).returncode:
+    train = [sys.executable, str(programs / "train.py"), *arguments.arguments]
+    search(study, space, folder, train, arguments.trials, poll)
+    trials = last_attempts(study)
+    done = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    if not done:
+        raise InputError(f"{folder}: no trial completed, see {folder}/trial-*/log; raise --trials")
+    show(study, trials, done, folder, arguments.arguments)
+    different, written = {}, []  # small search spaces repeat a combination of settings
+    for trial in done:
+        different.setdefault(str(trial.params), f"trial-{number_of(trial)}")
+    for trial in list(different.values())[: arguments.top]:
+        checkpoint = str(folder / trial / "ckpt.pt")
+        written.append(f"out/{folder.name}-{trial}.csv")
+        infer = [sys.executable, str(programs / "infer.py"), checkpoint, "--out", written[-1]]
+        if subprocess.run(infer).returncode:
             raise InputError(f"{checkpoint}: infer.py failed")
     if written:
         print(f"to vote:\n  python ensemble.py {shlex.join(written)}")

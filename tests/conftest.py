@@ -1,4 +1,4 @@
-"""What the tests share: the sample's rows, tiny encoders made on the spot, and the programs run as users run them."""
+"""Fixtures: the sample's rows, a tiny encoder, and the programs as users run them."""
 
 import json
 import os
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SAMPLE = ROOT / "tests" / "sample"
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time
 if "RE_GPU" not in os.environ:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only tests/test_gpu.py is about GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only tests/test_gpu.py uses a GPU
 
-from data import Template, read_rows  # noqa: E402
-from tests.sample.tiny_encoder import make_tiny_encoder  # noqa: E402
+from data import Template
+from rows import read_rows
+from sample.tiny_encoder import make_tiny_encoder
+from tests.helpers import ROOT, SAMPLE
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +28,11 @@ def rows():
 
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory, rows):
-    """A tiny BERT with its tokenizer, learned from the sample; without dropout."""
+    """A tiny BERT without dropout, and a tokenizer learned from the sample."""
     folder = tmp_path_factory.mktemp("encoder")
     texts = [Template().render(row).text for row in rows]
-    make_tiny_encoder(str(folder), [*texts, "가까운 비틀즈와 조지 해리슨 [SUBJ-ORG] </o:person>"], seed=0)
+    more = "가까운 비틀즈와 조지 해리슨 [SUBJ-ORG] </o:person>"
+    make_tiny_encoder(str(folder), [*texts, more], seed=0)
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "config.json").write_text(json.dumps(config))
@@ -40,14 +41,16 @@ def encoder_folder(tmp_path_factory, rows):
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a program in an empty folder: run("train.py", "--demo", processes=2, code=0) -> CompletedProcess."""
+    """run("train.py", "--demo", processes=2, code=0): run a program in an empty folder."""
 
-    def run(program, *arguments, processes=1, code=0, **kwargs):
+    def run(program, *arguments, processes=1, code=0, **options):
         command = [sys.executable]
         if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            torchrun = ["-m", "torch.distributed.run", "--standalone"]
+            command += [*torchrun, f"--nproc_per_node={processes}"]
         command += [str(ROOT / program), *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=400, **kwargs)
+        options |= {"capture_output": True, "text": True, "check": False, "timeout": 400}
+        done = subprocess.run(command, cwd=tmp_path, **options)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -56,16 +59,18 @@ def run(tmp_path):
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Runs a program in an empty folder, in this process, which saves its start: call(train, "--demo", code=0) ->
-    what it printed, stdout and stderr."""
+    """call(train, "--demo", code=0): run a program's main in an empty folder, in this process.
+
+    Saves the start of another process. Returns what was printed (.out, .err).
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def call(program, *arguments, code=0):
+    def call(program, *arguments, code=0, **options):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, arguments)])
         capsys.readouterr()
         try:
-            program.main()
+            program.main(**options)
             found = 0
         except SystemExit as error:
             found = error.code

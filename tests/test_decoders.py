@@ -1,4 +1,7 @@
-"""Decoders as encoders: GPT-2 and Llama, tiny and random, with a tokenizer that has no [CLS], [SEP] or padding."""
+"""Decoders as encoders: a tiny random GPT-2 and Llama.
+
+Their tokenizer has no classification, separator or padding token.
+"""
 
 import json
 
@@ -11,26 +14,39 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import infer
 import train
 from data import KLUE_LABELS, Template
-from model import RelationModel, collate, encode, load_encoder, load_tokenizer
-from tests.conftest import SAMPLE
+from model import RelationModel, load_encoder, load_tokenizer
+from tests.helpers import SAMPLE
+from tokens import collate, encode
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 128}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def decoder_folder(tmp_path_factory, rows):
-    """A tiny decoder and a byte-level tokenizer: decoder_folder("gpt2"), decoder_folder("llama")."""
+    """decoder_folder("gpt2"), decoder_folder("llama"): a tiny decoder, a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("decoders")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=["<end>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<end>"], initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator([row.sentence for row in rows], trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     torch.manual_seed(0)
     configs = {
-        "gpt2": transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=300, vocab_size=2000),
-        "llama": transformers.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=2000),
+        "gpt2": transformers.GPT2Config(
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=300,
+            vocab_size=2000,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+        "llama": transformers.LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=2000),
     }
     for name, config in configs.items():
         tokenizer.save_pretrained(folder / name)
@@ -48,31 +64,36 @@ def test_tokenizers_without_special_tokens(decoder_folder, rows, marker, prompt)
     for row, example in zip(rows, examples):
         r = template.render(row)
         end = "<end>" if r.before else ""
-        assert tokenizer.decode(example.ids, clean_up_tokenization_spaces=False) == r.before + end + r.text + r.after
+        text = tokenizer.decode(example.ids, clean_up_tokenization_spaces=False)
+        assert text == r.before + end + r.text + r.after
         for who, entity in ((1, row.subject), (2, row.object)):
             assert entity.word in tokenizer.decode(example.ids[example.entities[0] == who])
             closing = r.text[r.spans[who - 1][2] : r.spans[who - 1][3]].strip() or entity.word
-            token = tokenizer.decode([int(example.ids[example.closings[who - 1]])])
-            assert closing[-1] in token or "\ufffd" in token  # part of a letter
+            token = tokenizer.decode([int(example.ids[example.marker_ends[who - 1]])])
+            assert closing[-1] in token or "\ufffd" in token  # a part of a character
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_the_last_token_knows_the_sentence_and_the_first_does_not(decoder_folder, rows, name):
+def test_the_last_token_sees_the_whole_sentence(decoder_folder, rows, name):
     tokenizer = load_tokenizer(decoder_folder(name))
     model = RelationModel(load_encoder(decoder_folder(name)), 30, "cls").eval()
-    (example,), _ = encode(rows[:1], Template("entity_marker_punct"), tokenizer, KLUE_LABELS, 256)
+    template = Template("entity_marker_punct")
+    (example,), _ = encode(rows[:1], template, tokenizer, KLUE_LABELS, 256)
     ids = example.ids.copy()
-    ids[len(ids) // 2] += 1
-    states, changed = (model.encode(collate([e], np.array([0]))) for e in (example, example._replace(ids=ids)))
-    torch.testing.assert_close(states[: len(ids) // 2], changed[: len(ids) // 2])
+    middle = len(ids) // 2
+    ids[middle] += 1
+    states, changed = (
+        model.encode(collate([e], np.array([0]))) for e in (example, example._replace(ids=ids))
+    )
+    torch.testing.assert_close(states[:middle], changed[:middle])
     assert (states[-1] - changed[-1]).abs().max() > 1e-4
 
 
-def test_a_decoder_trains_and_predicts_by_the_programs(call, decoder_folder, tmp_path):
-    model = decoder_folder("llama")
-    settings = f"--data {SAMPLE} --model {model} --limit 400 --split stratified --amp off --lr 3e-3 --epochs 6"
-    settings += " --layer-decay 1"  # nothing is pretrained here
-    call(train, *settings.split(), *"--head entity --entity-embedding --batch-size 20 --out a".split())
+def test_a_decoder_trains_and_predicts(call, decoder_folder, tmp_path):
+    options = f"--data {SAMPLE} --model {decoder_folder('llama')} --limit 400 --split stratified"
+    options += " --amp off --lr 5e-3 --epochs 4 --batch-size 16 --eval-every 1000 --out a"
+    options += " --layer-decay 1"  # random weights: every layer learns at the full rate
+    call(train, *options.split(), *"--head entity --entity-embedding".split())
     best = json.loads((tmp_path / "a" / "summary.json").read_text())["best"]
     assert best["micro_f1"] > 40
     assert "micro F1" in call(infer, "a/ckpt.pt").out

@@ -1,6 +1,6 @@
 """Write a small Korean relation-extraction data set in the format of the KLUE-RE competition.
 
-    python tests/sample/make_sample.py
+    python sample/make_sample.py
 
 writes, next to this file, train.csv (about 1,500 rows) and test_data.csv (300 rows), with the
 columns id,sentence,subject_entity,object_entity,label,source.  All 30 labels occur in both files.
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(HERE.parent))
 from data import particle  # noqa: E402  (the repository root has just been put on the path)
 
 SEED = 20210927

@@ -1,0 +1,173 @@
+"""Files of a run: ckpt.pt, the model to predict with; last.pt, to resume from; summary.json.
+
+    model, tokenizer = restore(load_file("runs/demo/ckpt.pt"))       # ready to predict, no network
+
+ckpt.pt holds the best model: "weights", "encoder" (its config as JSON), "tokenizer" (its files),
+"labels", "model_options" (of RelationModel), "template" (fields of data.Template), "max_length",
+"negative_factor" (see metrics.scale_negative), and about the run "run", "data", "version",
+"scores".
+
+last.pt holds the last state: "weights", "optimizer", "scaler", "progress" (fields of Progress),
+"settings", "hash" (of examples and encoder). The save before it is previous.pt. Both files contain
+tensors and plain values only, and are read with weights_only=True: no code in them runs.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from common import InputError, atomic_write
+from distributed import Worker
+from model import RelationModel
+from settings import TrainingSettings
+
+MODEL_FORMAT, PROGRESS_FORMAT = "relation model 4", "training progress 2"
+PROGRESS_FILES = ("last.pt", "previous.pt", "damaged.pt")
+
+
+class DamagedFile(InputError):
+    """The file is truncated, or not written by this project."""
+
+
+def save_tensors(path: str | Path, content: dict, keep: Path | None = None):
+    """torch.save, atomically; `keep` is the new name of the old file."""
+    with atomic_write(path, "wb", keep) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch hides why a write failed
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise error.__context__ from error
+
+
+def load_file(path: str | Path, expected: str = MODEL_FORMAT) -> dict:
+    """The content of a ckpt.pt or last.pt, on the CPU; InputError for any other file."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises any kind
+        raise DamagedFile(f"{path}: truncated, or not a checkpoint of train.py") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != expected:
+        needs = f"expected {expected!r}, which this version of train.py writes"
+        raise InputError(f"{path}: found format {str(found)[:40]!r}, {needs}")
+    return content
+
+
+# --- ckpt.pt ----------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, model: RelationModel, tokenizer, **content):
+    """Write ckpt.pt; `content` has every other entry that the module's docstring lists."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {f.name: f.read_text(encoding="utf-8") for f in Path(folder).iterdir()}
+    config = json.dumps(model.encoder.config.to_dict())
+    entries = {"weights": model.state_dict(), "encoder": config, "tokenizer": files}
+    save_tensors(path, {"format": MODEL_FORMAT, **entries, **content})
+
+
+def restore(checkpoint: dict):
+    """(model in evaluation mode, tokenizer) of a ckpt.pt; needs no network."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in checkpoint["tokenizer"].items():
+            if Path(name).name != name:
+                raise InputError(f"tokenizer file {name!r}: expected a file name without folders")
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.for_model(**json.loads(checkpoint["encoder"]))
+    encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model = RelationModel(encoder, len(checkpoint["labels"]), **checkpoint["model_options"])
+    model.load_state_dict(checkpoint["weights"])
+    return model.eval(), tokenizer
+
+
+# --- last.pt and summary.json -----------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """What a run has done so far."""
+
+    step: int = 0  # optimiser steps
+    sentences: int = 0  # trained on, over all epochs
+    seconds: float = 0.0  # of training
+    skipped: int = 0  # steps whose gradient was not finite
+    best: dict | None = None  # scores and step of the saved model
+    without_gain: int = 0  # evaluations since then
+    evaluations: list = field(default_factory=list)  # scores and step of each
+
+    def out_of_patience(self, patience: int) -> bool:
+        return 0 < patience <= self.without_gain
+
+
+def save_progress(
+    folder: Path, settings: TrainingSettings, data_hash: str, progress: Progress, parts: dict
+):
+    """Write last.pt and rename the old one to previous.pt; `parts` have a state_dict each."""
+    content = {"format": PROGRESS_FORMAT, "settings": asdict(settings), "hash": data_hash}
+    states = {name: part.state_dict() for name, part in parts.items()}
+    content |= {"progress": asdict(progress), **states}
+    save_tensors(folder / "last.pt", content, keep=folder / "previous.pt")
+
+
+def load_progress(folder: Path, settings: TrainingSettings, data_hash: str, parts: dict,
+                  worker: Worker, log) -> Progress:  # fmt: skip
+    """Load the state to resume from into `parts`, and return its progress.
+
+    Reads last.pt, or previous.pt if last.pt is damaged or missing; without either, the run starts
+    from the beginning. InputError if it was saved with other settings or other data.
+    """
+    found = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
+    if settings.resume and not found:
+        raise InputError(f"--resume: {folder} has no last.pt")
+    for path in found:
+        try:
+            content = load_file(path, PROGRESS_FORMAT)
+        except DamagedFile as error:
+            if path is found[-1]:
+                raise
+            log(str(error))
+            worker.barrier()  # every process must have seen the file
+            if worker.rank == 0:  # the next save must not rename it to previous.pt
+                os.replace(path, folder / "damaged.pt")
+            continue
+        _check_same_run(path, content, settings, data_hash)
+        for name, part in parts.items():
+            if content[name]:  # the scaler has a state in fp16 only
+                part.load_state_dict(content[name])
+        log(f"{path}: resuming after step {content['progress']['step']}")
+        return Progress(**content["progress"])
+    return Progress()
+
+
+def _check_same_run(path: Path, content: dict, settings: TrainingSettings, data_hash: str):
+    hint = "use --fresh, or another --out"
+    for f in fields(settings):
+        before = content["settings"].get(f.name, f.default)
+        now = getattr(settings, f.name)
+        if before != now and f.metadata["named"] and f.name not in ("data", "valid"):
+            raise InputError(f"{path}: saved with {f.name} = {before!r}, now {now!r}; {hint}")
+    if content["hash"] != data_hash:
+        raise InputError(f"{path}: saved with other rows, focal alphas or encoder; {hint}")
+
+
+def write_summary(folder: Path, settings, progress: Progress, about: dict, finished: bool):
+    """Write summary.json: scores, settings, and what the task says about its data."""
+    summary = {"run": folder.name, "finished": finished, **asdict(progress), **about}
+    with atomic_write(folder / "summary.json") as file:
+        json.dump(summary | {"settings": asdict(settings)}, file, ensure_ascii=False, indent=1)
+
+
+def remove_progress(folder: Path):
+    """Delete what a run would resume from, and its TensorBoard events."""
+    for path in [folder / name for name in PROGRESS_FILES] + [*folder.glob("events.out.tfevents*")]:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,172 @@
+"""What every program needs: errors, command lines, exit codes, reading and writing files.
+
+Every program reports bad input as one line on stderr and exits with code 2:
+
+    @exit_on_error
+    def main():
+        raise InputError("train.csv:3: label: found 'x', expected one of 30 labels")
+"""
+
+import argparse
+import csv
+import difflib
+import functools
+import importlib
+import io
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(Exception):
+    """The user's input is wrong. The message is one line: place, field, found, expected."""
+
+
+def expect(holds, where: str, field: str, found, expected: str):
+    """Raise InputError unless `holds`; `where` is FILE or FILE:LINE."""
+    if not holds:
+        raise InputError(f"{where}: {field}: found {shorten(found)}, expected {expected}")
+
+
+def shorten(value) -> str:
+    """At most 60 characters of repr(value), which escapes line breaks and lone surrogates."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits, nesting too deep
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error message, at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def printable(text: str) -> str:
+    """Replace line breaks, escape sequences and other control characters by spaces."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def is_text(value) -> bool:
+    """Whether `value` is a string that can be encoded as UTF-8 (JSON allows lone surrogates)."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+# --- programs ---------------------------------------------------------------------------------
+
+
+def exit_on_error(main):
+    """Report InputError and OSError as one line on stderr (local rank 0) and exit with code 2."""
+
+    @functools.wraps(main)
+    def program(*args, **kwargs):
+        try:
+            main(*args, **kwargs)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (InputError, OSError) as error:
+            if isinstance(error, BrokenPipeError):  # the interpreter's final flush would fail too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(printable(f"{Path(sys.argv[0]).name}: {error}"), file=sys.stderr)
+            sys.exit(2)
+
+    return program
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError and suggests the closest option name."""
+
+    def __init__(self, **options):
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**options)
+
+    def error(self, message: str):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        known = self._option_string_actions
+        near = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"{message}; {hint}{self.prog} -h lists all options")
+
+
+def optional_import(package: str, feature: str):
+    """Import a package of requirements-dev.txt; InputError names the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        install = "pip install -r requirements-dev.txt"
+        raise InputError(f"{feature} needs the package {package}: {install}") from error
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w", keep: Path | None = None):
+    """Write to a temporary file and rename it over `path` on success.
+
+    With `keep`, the old file is renamed to it first. Raises InputError if the file cannot be
+    written; the old file is then unchanged.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: the next write replaces it
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file, with or without a byte order mark."""
+    try:
+        content = Path(path).read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        found = f"found byte {content[error.start]:#04x}, expected UTF-8 text"
+        raise InputError(f"{path}:{line}: {found}") from error
+
+
+def read_json(path: str | Path, expected: str):
+    """Read a JSON file; `expected` describes its content in the error message."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected {expected}: {first_line(error)}") from error
+
+
+def read_csv(path: str | Path, columns: tuple[str, ...]):
+    """Yield (line, {column: cell}) for each record of a CSV file with at least these columns."""
+    csv.field_size_limit(2**31 - 1)  # the largest C long of every platform
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    line, header = 1, None
+    try:
+        for cells in reader:
+            if header is None:
+                header = cells
+                missing = ", ".join(column for column in columns if column not in header)
+                expect(not missing, f"{path}:1", "header", ",".join(header), f"a column {missing}")
+            elif cells:
+                expected = f"{len(header)} cells as in the header"
+                expect(len(cells) == len(header), f"{path}:{line}", "row", cells, expected)
+                yield line, dict(zip(header, cells, strict=True))
+            line = reader.line_num + 1  # a quoted cell may span several lines
+    except csv.Error as error:
+        raise InputError(f"{path}:{line}: broken CSV: {error}") from error

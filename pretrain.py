@@ -1,0 +1,236 @@
+"""Continue an encoder's masked-language-model pre-training on the task's sentences (TAPT).
+
+    python pretrain.py --model DIR --lr 2e-4 --batch-size 32 --epochs 2 --out runs/tapt
+    python train.py --model runs/tapt/encoder                  # then fine-tune it
+
+Reads the sentences of train.csv and test_data.csv, each once, without labels, markers or prompts
+(task-adaptive pre-training, Gururangan et al. 2020). A tenth is held out. Writes encoder/, a
+folder for --model, summary.json, TensorBoard events, and last.pt, from which the same command
+resumes. The loop is that of train.py.
+"""
+
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForMaskedLM
+from transformers.modeling_outputs import BaseModelOutput
+
+from common import InputError, atomic_write, exit_on_error
+from distributed import Worker
+from model import FlatEncoder, from_pretrained, load_tokenizer
+from rows import data_file, read_rows, rows_to_predict, version
+from settings import TrainingSettings, parse_settings, setting
+from splits import DATA_SEED, subsample
+from task import Task
+from tokens import Batch, Example, collate, to_device, within_tokens
+from train import run
+
+
+@dataclass
+class PretrainingSettings(TrainingSettings):
+    kind = "mlm"
+    decay_of_12_layers = 1.0
+
+    valid: str = setting("", "data",
+        "file with sentences to hold out; none: hold out none (default: a tenth)")  # fmt: skip
+    limit: int = setting(0, "data",
+        "number of sentences, the same for every seed; 0: all", 0, math.inf)  # fmt: skip
+    layer_decay: float = setting(1.0, "optimisation",
+        "learning rate of a layer relative to the layer above", 0, 1)  # fmt: skip
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def choose_sentences(settings: TrainingSettings, log) -> tuple[list[str], list[str], dict]:
+    """(training sentences, held-out sentences, version of the data), each sentence once."""
+    skipped = [] if settings.skip_bad_rows else None
+    path = data_file(settings.data, "train")
+    rows, others = read_rows(path, skipped), rows_to_predict(settings.data, skipped)
+    sentences = list(dict.fromkeys(row.sentence for row in rows + others))
+    log(f"{path}{' and test_data' if others else ''}: {len(sentences)} sentences")
+    sentences, valid = subsample(sentences, settings.limit or len(sentences)), []
+    if settings.valid == "":
+        valid = subsample(sentences, max(1, len(sentences) // 10))
+    elif settings.valid != "none":
+        valid = list(dict.fromkeys(row.sentence for row in read_rows(settings.valid, skipped)))
+    held_out = set(valid)
+    sentences = [sentence for sentence in sentences if sentence not in held_out]
+    if skipped:
+        log(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
+    if not sentences:
+        raise InputError(f"{path}: no sentence is left to train on; all are held out")
+    return sentences, valid, version(settings.data, rows + others)
+
+
+def encode_sentences(sentences: list[str], tokenizer, max_length: int):
+    """(examples, number of truncated sentences) of plain sentences."""
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(max_length)
+    texts = backend.encode_batch(sentences)
+    backend.no_truncation()
+    examples = []
+    for text in texts:
+        ids = np.array(text.ids, dtype=np.int64)
+        words = np.array([-1 if number is None else number for number in text.word_ids])
+        real = words >= 0
+        if words.max(initial=0) == 0:  # the tokenizer does not know words: each token is one
+            words[real] = np.arange(real.sum())
+        segments, entities = np.zeros_like(ids), np.zeros((2, len(ids)), dtype=np.int64)
+        examples.append(Example(ids, segments, (0, 0), -1, (0, 0), entities, words))
+    return examples, sum(bool(text.overflowing) for text in texts)
+
+
+def n_masked(example: Example) -> int:
+    """How many tokens of a sentence are masked: 15 %, at least one."""
+    return max(1, round(0.15 * (example.words >= 0).sum()))
+
+
+def collate_masked(examples: list[Example], indices, key: list[int], tokenizer):
+    """(flat batch with masked tokens, flat indices of those (M,), their true ids (M,)).
+
+    Of the chosen tokens 80 % become the mask token, 10 % a random token, and 10 % stay as they are
+    (Devlin et al. 2019). Whole words are chosen; the last one may be masked in part. The masking
+    is a pure function of `key`, the example and its index.
+    """
+    masked, positions = {}, {}
+    for index in indices:
+        random, example = np.random.default_rng([*key, index]), examples[index]
+        order = random.permutation(example.words.max() + 1)[example.words]  # by word, at random
+        order[example.words < 0] = len(order)
+        chosen = np.argsort(order, kind="stable")[: n_masked(example)]
+        draw, ids = random.random(len(chosen)), example.ids.copy()
+        any_ids = random.integers(len(tokenizer), size=len(chosen))
+        ids[chosen] = np.where(draw < 0.9, any_ids, ids[chosen])
+        ids[chosen[draw < 0.8]] = tokenizer.mask_token_id
+        masked[index], positions[index] = example._replace(ids=ids), chosen
+    batch = collate(masked, indices)
+    starts = batch.offsets.tolist()
+    flat = np.concatenate([start + positions[i] for start, i in zip(starts, batch.indices)])
+    true = np.concatenate([examples[i].ids[positions[i]] for i in batch.indices])
+    return batch, torch.from_numpy(flat), torch.from_numpy(true)
+
+
+# --- model ------------------------------------------------------------------------------------
+
+
+class MaskedLanguageModel(FlatEncoder):
+    """Encoder and language-model head of any architecture in transformers.
+
+    Maps a Batch and the flat indices of masked tokens (M,) to logits (M, vocabulary).
+    """
+
+    def __init__(self, language_model: nn.Module):
+        super().__init__(language_model.base_model)
+        self.head = language_model
+        setattr(language_model, language_model.base_model_prefix, _GivenStates())
+
+    def forward(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(inputs_embeds=self.encode_only(batch, tokens)[None]).logits[0]
+
+
+class _GivenStates(nn.Module):
+    """Replaces the encoder inside a language model: returns the states that it is given."""
+
+    def forward(self, *_, inputs_embeds, **__):
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
+
+
+def load_language_model(name: str) -> tuple[nn.Module, bool]:
+    """(masked language model, whether its head is new), from a folder or the Hugging Face hub.
+
+    A head that the files do not have is initialised, and tied to the input embeddings.
+    """
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = from_pretrained(AutoModelForMaskedLM, name, **options)
+    return model, bool(info["missing_keys"])
+
+
+# --- task -------------------------------------------------------------------------------------
+
+
+class MaskedTokenTask(Task):
+    """Masked tokens of unlabelled sentences."""
+
+    def __init__(self, settings: PretrainingSettings, worker: Worker, log):
+        super().__init__(settings, worker, log)
+        sentences, valid, data_version = choose_sentences(settings, log)
+        self.about = {"version": data_version}
+        self.tokenizer = load_tokenizer(settings.model)
+        if self.tokenizer.mask_token is None:
+            raise InputError(f"--model {settings.model}: its tokenizer has no mask token")
+        max_length = settings.max_length
+        self.examples, n_cut = encode_sentences(sentences, self.tokenizer, max_length)
+        self.valid, n_valid_cut = encode_sentences(valid, self.tokenizer, max_length)
+        self.lengths = np.array([len(example.ids) for example in self.examples])
+        self.n_targets = np.array([n_masked(example) for example in self.examples])
+        self.log_lengths("sentences", len(valid), n_cut + n_valid_cut)
+
+        torch.manual_seed(settings.seed)
+        language_model, head_is_new = load_language_model(settings.model)
+        self.set_model(MaskedLanguageModel(language_model))
+        if head_is_new:
+            log("the encoder's files have no masked-language-model head: a new one is trained")
+        self.set_hash([*self.examples, *self.valid])
+
+    def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
+        """The sum of the losses of these examples' masked tokens, chosen anew in each step."""
+        return self._loss(model, self.examples, indices, [self.settings.seed, step])
+
+    def _loss(self, model, examples, indices, key: list[int]) -> torch.Tensor:
+        batch, *masked = collate_masked(examples, indices, key, self.tokenizer)
+        tokens, true = (to_device(x, self.worker.device) for x in masked)
+        with self.worker.autocast():
+            logits = model(batch.to(self.worker.device), tokens)
+        return nn.functional.cross_entropy(logits.float(), true, reduction="sum")
+
+    @torch.inference_mode()
+    def evaluate(self, max_tokens: int) -> dict:
+        """Mean loss and perplexity over the same masked tokens of the held-out sentences."""
+        if not self.valid:
+            return {}
+        self.model.eval()
+        worker, lengths = self.worker, np.array([len(e.ids) for e in self.valid])
+        batches = within_tokens(np.arange(len(lengths)), lengths, max_tokens)
+        total = torch.zeros((), dtype=torch.float64, device=worker.device)
+        for indices in batches[worker.rank :: worker.world_size]:
+            total += self._loss(self.model, self.valid, indices, [DATA_SEED])
+        loss = worker.sum(total).item() / sum(map(n_masked, self.valid))
+        if not math.isfinite(loss):
+            raise InputError(f"the validation loss is {loss}; try --amp off")
+        return {"loss": loss, "perplexity": math.exp(min(loss, 100))}
+
+    def merit(self, scores: dict) -> float:
+        return -scores["loss"]
+
+    def describe(self, scores: dict) -> str:
+        return "masked tokens: loss {loss:.4f}  perplexity {perplexity:.2f}".format(**scores)
+
+    def save(self, folder: Path, scores: dict):
+        """Write encoder/, a folder that load_encoder and load_tokenizer take."""
+        with tempfile.TemporaryDirectory() as temporary:
+            self.model.encoder.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            for path in Path(temporary).iterdir():
+                target = folder / "encoder" / path.name
+                with atomic_write(target, "wb") as file, open(path, "rb") as written:
+                    shutil.copyfileobj(written, file)
+
+    @staticmethod
+    def next_commands(folders: list[Path]) -> str:
+        return "\n".join(f"  python train.py --model {folder / 'encoder'}" for folder in folders)
+
+
+@exit_on_error
+def main():
+    run(parse_settings(PretrainingSettings, "pretrain.py", __doc__), MaskedTokenTask)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Rows of KLUE-RE: the formats they are read from, and the checks that each row must pass.
+
+    rows = read_rows("data/train.csv")           # or .json, .jsonl, or a split of a hub data set
+    rows = read_rows("train.csv", skipped := []) # leave bad rows out, collect their messages
+
+Formats: the Boostcamp competition's CSV, KLUE's JSON, JSON lines; UTF-8. See docs/data.md.
+"""
+
+import ast
+import json
+import re
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from common import (
+    InputError,
+    expect,
+    first_line,
+    is_text,
+    optional_import,
+    read_csv,
+    read_text,
+    shorten,
+)
+
+COLUMNS = ("id", "sentence", "subject_entity", "object_entity")  # label and source are optional
+ENTITY_FIELDS = ("word", "start_idx", "end_idx", "type")
+HUB = re.compile(r"hub:([^@]+)@([^:@]+)(?::([^:@/]+))?")  # name or folder, revision, config
+
+
+class Entity(NamedTuple):
+    """A span of a sentence: `sentence[start : end + 1] == word`. `type` is PER, ORG, … or None."""
+
+    word: str
+    start: int
+    end: int
+    type: str | None
+
+
+class Row(NamedTuple):
+    """A sentence with its two entities. `label` is None if the file has none."""
+
+    id: str
+    sentence: str
+    subject: Entity
+    object: Entity
+    label: str | None
+    source: str
+    where: str  # FILE:LINE
+
+
+def data_file(data: str | Path, stem: str) -> Path:
+    """The path of `stem`.csv, .json or .jsonl in a data folder, or `data` itself if it is a file.
+
+    For a hub data set the "path" is HUB/stem, where stem names the split.
+    """
+    if str(data).startswith("hub:"):
+        return Path(str(data), stem)
+    folder = Path(data)
+    candidates = [folder, *(folder / f"{stem}{suffix}" for suffix in (".csv", ".json", ".jsonl"))]
+    for path in candidates:
+        if path.is_file():
+            return path
+    found = f"no {stem}.csv, {stem}.json or {stem}.jsonl"
+    raise InputError(f"{data}: {found}; --data names another folder or file")
+
+
+def read_rows(path: str | Path, skipped: list[str] | None = None) -> list[Row]:
+    """Read and check all rows of a file, in its order.
+
+    A bad row raises InputError. With a list `skipped`, bad rows are left out instead, and their
+    error messages are appended to the list.
+    """
+    rows, line_of = [], {}
+    for line, record in _records(Path(path)):
+        try:
+            row = _check(record, f"{path}:{line}")
+            unique = f"a unique id; line {line_of.get(row.id)} has it too"
+            expect(row.id not in line_of, row.where, "id", row.id, unique)
+            line_of[row.id] = line
+            rows.append(row)
+        except InputError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def rows_to_predict(data: str | Path, skipped: list[str] | None = None) -> list[Row]:
+    """Rows of test_data beside the training file of `data`; empty if there is no such file."""
+    training = data_file(data, "train")
+    try:
+        path = data_file(training.parent, "test_data")
+    except InputError:
+        return []
+    return read_rows(path, skipped)
+
+
+def _records(path: Path):
+    """Yield (line, fields) for each record of a file; for JSON, line is the record's number."""
+    if str(path).startswith("hub:"):
+        yield from _hub_records(path)
+        return
+    if path.suffix not in (".json", ".jsonl"):
+        yield from read_csv(path, COLUMNS)
+        return
+    text, is_list, records = read_text(path), path.suffix == ".json", []
+    for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
+        if not piece.strip():
+            continue
+        try:
+            content = json.loads(piece)
+            records += enumerate(content, 1) if is_list else [(number, content)]
+        except (ValueError, TypeError, RecursionError) as error:
+            line = number - 1 + getattr(error, "lineno", 1)
+            expected = f"expected {path.suffix[1:].upper()} rows"
+            raise InputError(f"{path}:{line}: {expected}: {error}") from error
+    for number, record in records:
+        expect(isinstance(record, dict), f"{path}:{number}", "row", record, "an object")
+        yield number, {"id": record.get("guid"), **record}
+
+
+def _hub_records(path: Path):
+    """Yield (number, fields) of HUB/SPLIT, read by the `datasets` library.
+
+    Split test_data is the data set's "test", or "validation" if it has no test split, as KLUE.
+    """
+    spec, split = str(path.parent), path.name
+    if not (found := HUB.fullmatch(spec)):
+        expected = "hub:OWNER/NAME@REVISION[:CONFIG], for a validation file followed by /SPLIT"
+        raise InputError(f"{spec}: expected {expected}")
+    name, revision, config = found.groups()
+    datasets = optional_import("datasets", "hub:")
+    datasets.disable_progress_bars()
+    optional_import("huggingface_hub", "hub:").utils.logging.set_verbosity_error()  # log no retry
+    try:
+        splits = datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:  # the hub, the network and the files raise many kinds
+        message = f"cannot be read from the Hugging Face hub: {first_line(error)}"
+        raise InputError(f"{spec}: {message}") from error
+    if split == "test_data":
+        split = "test" if "test" in splits else "validation"
+    expect(split in splits, spec, "splits", sorted(splits), split)
+    label = splits[split].features.get("label")
+    for number, record in enumerate(splits[split], 1):
+        if isinstance(label, datasets.ClassLabel):
+            has_label = record["label"] not in (None, -1)
+            record["label"] = label.int2str(record["label"]) if has_label else None
+        yield number, {"id": record.get("guid"), **record}
+
+
+def _check(record: dict, where: str) -> Row:
+    """The row of a record. The label 100, used in files to predict, means no label."""
+    row_id, sentence, label = (record.get(name) for name in ("id", "sentence", "label"))
+    expect(is_text(sentence), where, "sentence", sentence, "text")
+    entities = [_entity(record.get(f"{who}_entity"), f"{where}: {who}_entity", sentence)
+                for who in ("subject", "object")]  # fmt: skip
+    distinct = entities[0][1:3] != entities[1][1:3]
+    expect(distinct, where, "object_entity", entities[1].word, "another span than the subject's")
+    has_id = isinstance(row_id, int) or (is_text(row_id) and row_id.strip())
+    expect(has_id, where, "id", row_id, "a number or text")
+    has_text = label is None or isinstance(label, int) or is_text(label)
+    expect(has_text, where, "label", label, "a relation's name")
+    label = None if label is None or str(label).strip() in ("", "100") else str(label)
+    return Row(str(row_id), sentence, *entities, label, str(record.get("source") or ""), where)
+
+
+# What ast.literal_eval reads too, ten times as slowly: 2 s for KLUE-RE's training file.
+ENTITY = re.compile(
+    r"\{'word': '([^'\\\n\r\0]*)', 'start_idx': (0|[1-9]\d{0,8}), 'end_idx': (0|[1-9]\d{0,8}), "
+    r"'type': '([A-Z]+)'\}",
+    re.ASCII,
+)
+
+
+def _entity(found, where: str, sentence: str) -> Entity:
+    """The entity of a cell: a dict, or the text of one in Python's syntax."""
+    if isinstance(found, str) and (usual := ENTITY.fullmatch(found)):
+        word, start, end, type_ = usual.groups()
+        found = {"word": word, "start_idx": int(start), "end_idx": int(end), "type": type_}
+    elif isinstance(found, str):
+        try:
+            found = ast.literal_eval(found)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise InputError(f"{where}: found {shorten(found)}, expected a dict literal") from error
+    if not isinstance(found, dict):
+        expected = f"a dict of {', '.join(ENTITY_FIELDS)}"
+        raise InputError(f"{where}: found {shorten(found)}, expected {expected}")
+    word, start, end, type_ = (found.get(key) for key in ENTITY_FIELDS)
+    expect(is_text(word), where, "word", word, "text")
+    expect(type(start) is int, where, "start_idx", start, "a whole number")
+    expect(type(end) is int, where, "end_idx", end, "a whole number")
+    expect(type_ is None or is_text(type_), where, "type", type_, "text such as PER")
+    bounds = f"0 <= start_idx <= end_idx < {len(sentence)} (the sentence's length)"
+    inside = 0 <= start <= end < len(sentence)
+    expect(inside, where, "start_idx, end_idx", (start, end), bounds)
+    span = sentence[start : end + 1]
+    if span != word:
+        found = f"word {shorten(word)} but sentence[{start}:{end + 1}] is {shorten(span)}"
+        raise InputError(f"{where}: {found}")
+    return Entity(word, start, end, type_ or None)
+
+
+def version(data: str, rows: list[Row]) -> dict:
+    """What identifies the state of a data set: its hub revision and a hash of its rows."""
+    found = HUB.fullmatch(data)
+    content = sha256(repr([row[:-1] for row in rows]).encode()).hexdigest()
+    return {"revision": found and found[2], "content": content[:16]}

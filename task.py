@@ -1,0 +1,194 @@
+"""What the loop of train.py trains: examples, a model, a loss and scores.
+
+task = RelationTask(settings, worker, print)     # reads the rows, loads encoder and tokenizer
+loss = task.loss(task.model, indices, step=0)
+scores = task.evaluate(max_tokens=4096)          # {"micro_f1": ..., "auprc": ..., ...}
+"""
+
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import save_checkpoint
+from common import InputError, read_json
+from data import Template
+from distributed import Worker
+from metrics import describe, negative_factor, scale_negative, score, write_predictions
+from model import (
+    FlatEncoder,
+    RelationModel,
+    add_markers,
+    load_encoder,
+    load_tokenizer,
+    predict,
+    relation_loss,
+)
+from rows import data_file
+from sample.tiny_encoder import make_tiny_encoder
+from settings import Settings, TrainingSettings
+from splits import choose_rows, subsample
+from tokens import collate, encode
+
+
+class Task:
+    """What the loop trains: examples, a model, a loss and a score. One object per process.
+
+    Subclasses set, besides the arguments, `model`, `lengths` and `n_targets` (tokens and loss
+    terms of each example, (N,)), `hash` (of data and encoder) and `about` (for summary.json).
+    """
+
+    def __init__(self, settings: TrainingSettings, worker: Worker, log):
+        self.settings, self.worker, self.log = settings, worker, log
+
+    def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
+        """The sum of the losses of these examples."""
+        raise NotImplementedError
+
+    def evaluate(self, max_tokens: int) -> dict:
+        """Validation scores, the same on every rank; {} without validation data."""
+        raise NotImplementedError
+
+    def log_evaluation(self, writer, step: int):
+        """Show TensorBoard what the last evaluation found besides its scores."""
+
+    def set_model(self, model: FlatEncoder):
+        if self.settings.max_length > model.max_length:
+            found = f"{self.settings.model} takes at most {model.max_length} tokens"
+            raise InputError(f"--max-length {self.settings.max_length}: {found}")
+        self.model = model.to(self.worker.device)
+
+    def set_hash(self, examples: list, *more):
+        """Hash the examples and the encoder's weights: a run must resume with the same ones.
+
+        The input embeddings are left out: the mean that new tokens start from depends on the
+        number of threads.
+        """
+        digest = sha256(repr(more).encode())
+        for example in examples:
+            for value in example[:-1] if example.words is None else example:
+                digest.update(np.asarray(value).tobytes())
+        embeddings = self.model.encoder.get_input_embeddings().weight
+        weights = [p.detach() for p in self.model.encoder.parameters() if p is not embeddings]
+        digest.update(repr(sum(int(w.view(torch.int32).sum()) for w in weights)).encode())
+        self.hash = digest.hexdigest()
+
+    def log_lengths(self, what: str, n_valid: int, n_truncated: int):
+        limit = f"{n_truncated} truncated to {self.settings.max_length}"
+        mean = f"mean {self.lengths.mean():.0f} tokens"
+        self.log(f"{len(self.lengths)} training {what}, {n_valid} for validation; {mean}; {limit}")
+
+
+class RelationTask(Task):
+    """Relations between two entities, learned from labelled rows."""
+
+    def __init__(self, settings: Settings, worker: Worker, log):
+        super().__init__(settings, worker, log)
+        if settings.norm == "batch" and worker.world_size > 1:
+            raise InputError(
+                "--norm batch: expected one process; it normalises over a process's rows"
+            )
+        rows, self.valid_rows, scaling, self.negative_share, self.labels, self.version = (
+            choose_rows(settings, log)
+        )
+        share = self.negative_share
+        self.about = {"version": self.version, "labels": self.labels, "negative_share": share}
+        self.template = Template(settings.marker, settings.prompt, settings.type_names)
+
+        if settings.demo:
+            self._make_demo_encoder(rows)
+        self.tokenizer = load_tokenizer(settings.model)
+        n_pretrained = len(self.tokenizer)
+        add_markers(self.tokenizer, self.template, rows)
+        (self.examples, n_cut), (self.valid, n_valid_cut), (self.scaling, _) = (
+            encode(part, self.template, self.tokenizer, self.labels, settings.max_length)
+            for part in (rows, self.valid_rows, subsample(scaling, 1000))
+        )
+        self.gold = np.array([example.label for example in self.valid])
+        self.lengths = np.array([len(example.ids) for example in self.examples])
+        self.n_targets = np.ones(len(rows), dtype=int)
+        self.log_lengths("rows", len(self.valid), n_cut + n_valid_cut)
+
+        torch.manual_seed(settings.seed)
+        encoder = load_encoder(settings.model, range(n_pretrained, len(self.tokenizer)))
+        self.set_model(RelationModel(encoder, len(self.labels), **settings.model_options()))
+        self.alpha = read_focal_alpha(settings.focal_alpha, self.labels, worker.device)
+        alpha = None if self.alpha is None else self.alpha.tolist()
+        self.set_hash([*self.examples, *self.valid, *self.scaling], self.labels, alpha)
+
+    def _make_demo_encoder(self, rows):
+        if self.worker.rank == 0:
+            texts = (" ".join(self.template.render(row)[:3]) for row in rows)
+            make_tiny_encoder(self.settings.model, texts, self.settings.seed)
+        self.worker.barrier()
+
+    def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
+        batch = collate(self.examples, indices).to(self.worker.device)
+        with self.worker.autocast():
+            logits = model(batch)
+        smoothing, gamma = self.settings.label_smoothing, self.settings.focal_gamma
+        return relation_loss(logits, batch.labels, smoothing, gamma, self.alpha).sum()
+
+    def evaluate(self, max_tokens: int) -> dict:
+        n = len(self.valid)
+        probs = predict(self.model, self.valid + self.scaling, self.worker, max_tokens)
+        self.factor = 1.0
+        if self.scaling:
+            self.factor = negative_factor(probs[n:], self.negative_share)
+            share = f"{self.negative_share:.0%} of the predictions"
+            self.log(
+                f"{self.labels[0]} gets {share}: its probability is scaled by {self.factor:.2f}"
+            )
+        self.probs = scale_negative(probs[:n], self.factor)
+        return score(self.probs, self.gold) if self.valid else {}
+
+    def merit(self, scores: dict) -> float:
+        """The score that decides which model is the best; higher is better."""
+        return scores[self.settings.best_metric]
+
+    def describe(self, scores: dict) -> str:
+        return describe(scores, self.labels)
+
+    def save(self, folder: Path, scores: dict):
+        """Write ckpt.pt, and valid.csv with the predictions of the last `evaluate`."""
+        data = self.settings.data
+        if not self.version["revision"]:  # a hub data set keeps its name, a file gets a full path
+            data = str(data_file(data, "train").parent.resolve())
+        save_checkpoint(
+            folder / "ckpt.pt", self.model, self.tokenizer, labels=self.labels,
+            model_options=self.settings.model_options(), template=self.template._asdict(),
+            max_length=self.settings.max_length, negative_factor=self.factor,
+            run=folder.name, data=data, version=self.version, scores=scores,
+        )  # fmt: skip
+        if not self.valid:
+            (folder / "valid.csv").unlink(missing_ok=True)  # of an earlier run
+            return
+        ids, gold = [row.id for row in self.valid_rows], [row.label for row in self.valid_rows]
+        predicted = [self.labels[c] for c in self.probs.argmax(1)]
+        write_predictions(folder / "valid.csv", ids, predicted, self.probs, gold)
+
+    def log_evaluation(self, writer, step: int):
+        from figures import log_evaluation  # matplotlib takes a second to import
+
+        log_evaluation(writer, step, self.probs, self.gold, self.labels, self.valid_rows)
+
+    @staticmethod
+    def next_commands(folders: list[Path]) -> str:
+        checkpoints = " ".join(str(folder / "ckpt.pt") for folder in folders)
+        return f"  python infer.py {checkpoints}\n  python ensemble.py out/*.csv"
+
+
+def read_focal_alpha(path: str, labels: list[str], device) -> torch.Tensor | None:
+    """The alpha of each label, (n_labels,), from a JSON file {label: alpha}; None without one."""
+    if not path:
+        return None
+    expected = "a JSON object {label: alpha}"
+    given = read_json(path, expected)
+    try:
+        unknown = [label for label in given if label not in labels]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not a label")
+        return torch.tensor([float(given.get(label, 1)) for label in labels], device=device)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: expected {expected}: {error}") from error

@@ -1,0 +1,96 @@
+"""ckpt.pt: what it restores, which files are rejected, and that no code in it runs."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import (
+    MODEL_FORMAT,
+    PROGRESS_FORMAT,
+    DamagedFile,
+    load_file,
+    restore,
+    save_checkpoint,
+)
+from common import InputError
+from model import RelationModel, load_encoder, load_tokenizer, predict
+from tests.helpers import CPU, examples_of
+
+
+@pytest.fixture
+def checkpoint(tmp_path, encoder_folder):
+    """(path of a ckpt.pt, its model, its tokenizer)."""
+    tokenizer = load_tokenizer(str(encoder_folder))
+    tokenizer.add_tokens(["[E1]"])
+    encoder = load_encoder(str(encoder_folder), range(len(tokenizer) - 1, len(tokenizer)))
+    options = {"head": "bigru", "norm": "batch", "gelu": True, "entity_embedding": "typed"}
+    model = RelationModel(encoder, 3, **options)
+    path, labels = tmp_path / "ckpt.pt", ["a", "b", "c"]
+    save_checkpoint(path, model, tokenizer, labels=labels, model_options=options, run="mine")
+    return path, model, tokenizer
+
+
+def test_a_checkpoint_restores_model_and_tokenizer(checkpoint):
+    path, model, tokenizer = checkpoint
+    content = load_file(path)
+    assert content["run"] == "mine"
+    restored, restored_tokenizer = restore(content)
+    assert not restored.training
+    examples = examples_of((9, 4, 17))
+    np.testing.assert_array_equal(predict(model, examples, CPU), predict(restored, examples, CPU))
+    text = "[E1] 비틀즈"
+    assert restored_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert restored_tokenizer.sep_token == "[SEP]"
+
+
+def test_truncated_and_foreign_files_are_rejected_by_name(checkpoint, tmp_path):
+    content = checkpoint[0].read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_text("")
+    torch.save({"weights": {}}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"format": PROGRESS_FORMAT}, tmp_path / "progress.pt")
+    torch.save({"format": "relation model 1"}, tmp_path / "old.pt")
+    for name, problem in (
+        ("half.pt", "truncated, or not a checkpoint"),
+        ("text.pt", "truncated, or not a checkpoint"),
+        ("empty.pt", "truncated, or not a checkpoint"),
+        ("foreign.pt", f"found format 'None', expected {MODEL_FORMAT!r}"),
+        ("list.pt", f"found format 'None', expected {MODEL_FORMAT!r}"),
+        ("progress.pt", f"found format {PROGRESS_FORMAT!r}, expected {MODEL_FORMAT!r}"),
+        ("old.pt", f"found format 'relation model 1', expected {MODEL_FORMAT!r}"),
+        ("absent.pt", "cannot be read: No such file"),
+    ):
+        with pytest.raises(InputError, match=f"{name}: {problem}") as raised:
+            load_file(tmp_path / name)
+        assert "\n" not in str(raised.value)
+        assert isinstance(raised.value, DamagedFile) == problem.startswith("truncated")
+    with pytest.raises(InputError, match=f"found format {MODEL_FORMAT!r}"):
+        load_file(checkpoint[0], PROGRESS_FORMAT)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (open, ("planted", "w"))
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": MODEL_FORMAT, "weights": Malicious()}, "bad.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
+    for name in ("bad.pt", "raw.pt"):
+        with pytest.raises(InputError, match=name):
+            load_file(name)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_tokenizer_files_of_a_checkpoint_stay_in_their_folder(checkpoint, tmp_path):
+    content = load_file(checkpoint[0])
+    for name in (str(tmp_path / "planted"), "../planted"):
+        content["tokenizer"] = {name: "{}"}
+        with pytest.raises(InputError, match="planted"):
+            restore(content)
+    assert not (tmp_path / "planted").exists()

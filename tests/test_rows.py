@@ -1,0 +1,196 @@
+"""Reading and checking rows: CSV, JSON and JSON lines, and the message for each kind of error."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from common import InputError
+from data import KLUE_LABELS, with_known_labels
+from rows import ENTITY_FIELDS, data_file, read_rows, rows_to_predict, version
+from tests.helpers import SAMPLE
+
+HEADER = "id,sentence,subject_entity,object_entity,label,source\n"
+
+
+def entity(word, start, end, kind="PER"):
+    return str(dict(zip(ENTITY_FIELDS, (word, start, end, kind))))
+
+
+def csv_row(id="0", sentence="김은 이를 만났다", s=None, o=None, label="no_relation"):
+    s, o = s or entity("김", 0, 0), o or entity("이", 3, 3)
+    return f'{id},"{sentence}","{s}","{o}",{label},wikipedia\n'
+
+
+def write_csv(path, *rows):
+    path.write_text(HEADER + "".join(rows), encoding="utf-8")
+    return path
+
+
+SUBJECT, OBJECT = ":2: subject_entity: ", ":3: object_entity: "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            HEADER + csv_row(s=entity("김", 1, 1)),
+            SUBJECT + r"word '김' but sentence\[1:2\] is '은'",
+        ),
+        (
+            HEADER + csv_row() + csv_row("1", o=entity("이", 3, 99)),
+            OBJECT + r"start_idx, end_idx: found \(3, 99\)",
+        ),
+        (
+            HEADER + csv_row(s=entity("김", -1, 0)),
+            SUBJECT + r"start_idx, end_idx: found \(-1, 0\)",
+        ),
+        (
+            HEADER + csv_row(s=entity("김", 0.0, 0)),
+            SUBJECT + r"start_idx: found 0.0, expected a whole number",
+        ),
+        (HEADER + csv_row(s=entity("김", "nan", 0)), SUBJECT + r"start_idx: found 'nan'"),
+        (HEADER + csv_row(s="{'word': '김'}"), SUBJECT + r"start_idx: found None"),
+        (HEADER + csv_row(s="[1, 2]"), SUBJECT + r"found \[1, 2\], expected a dict"),
+        (
+            HEADER + csv_row(s="__import__('os').getcwd()"),
+            SUBJECT + r"found .*, expected a dict literal",
+        ),
+        (HEADER + csv_row(s="(" * 5000), SUBJECT + r"found .*, expected a dict literal"),
+        (
+            HEADER + csv_row(o=entity("김", 0, 0)),
+            r":2: object_entity: found '김', expected another span",
+        ),
+        (
+            HEADER + csv_row() + csv_row(),
+            r":3: id: found '0', expected a unique id; line 2 has it too",
+        ),
+        (HEADER + csv_row(id=""), r":2: id: found '', expected a number or text"),
+        (HEADER + "0,a,b\n", r":2: row: found \['0', 'a', 'b'\], expected 6 cells"),
+        (HEADER + '0,"김은', r":2: broken CSV"),
+        (
+            "id,sentence\n0,a\n",
+            r":1: header: found 'id,sentence', expected a column subject_entity, object_entity",
+        ),
+        (HEADER, r"no rows"),
+        ("", r"no rows"),
+    ],
+)
+def test_the_message_says_what_is_wrong_with_a_row(tmp_path, content, message):
+    path = tmp_path / "train.csv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message) as raised:
+        read_rows(path)
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith(str(path))
+
+
+def test_line_numbers_are_right_after_a_cell_of_several_lines(tmp_path):
+    rows = csv_row(sentence="김은 이를\n만났다"), csv_row("1", s=entity("박", 0, 0))
+    path = write_csv(tmp_path / "a.csv", *rows)
+    with pytest.raises(InputError, match=r"a.csv:4: subject_entity: word '박'"):
+        read_rows(path)
+
+
+def test_a_file_in_another_encoding_or_without_access_is_an_error(tmp_path):
+    (tmp_path / "a.csv").write_bytes((HEADER + csv_row()).encode("cp949"))
+    with pytest.raises(InputError, match=r"a.csv:2: found byte 0x.., expected UTF-8"):
+        read_rows(tmp_path / "a.csv")
+    with pytest.raises(InputError, match=r"absent.csv: cannot be read"):
+        read_rows(tmp_path / "absent.csv")
+
+
+def test_bad_rows_are_skipped_and_their_messages_kept(tmp_path):
+    rows = csv_row(), csv_row("1", s=entity("박", 0, 0)), csv_row("2", label="per:x")
+    path, skipped = write_csv(tmp_path / "a.csv", *rows), []
+    rows = with_known_labels(read_rows(path, skipped), KLUE_LABELS, skipped)
+    assert [r.id for r in rows] == ["0"]
+    assert [message.split(":")[1] for message in skipped] == ["3", "4"]
+
+
+def test_all_formats_give_the_same_rows(tmp_path, rows):
+    def as_object(r):
+        entities = [dict(zip(ENTITY_FIELDS, e)) for e in (r.subject, r.object)]
+        return {"guid": r.id, "sentence": r.sentence, "subject_entity": entities[0],
+                "object_entity": entities[1], "label": r.label, "source": r.source}  # fmt: skip
+
+    objects = [as_object(r) for r in rows[:50]]
+    as_json = json.dumps(objects, ensure_ascii=False)
+    (tmp_path / "a.json").write_text(as_json, encoding="utf-8-sig")
+    as_lines = "\n".join(json.dumps(o) for o in objects) + "\n"
+    (tmp_path / "a.jsonl").write_text(as_lines, encoding="utf-8")
+    for name in ("a.json", "a.jsonl"):
+        assert [r[:-1] for r in read_rows(tmp_path / name)] == [r[:-1] for r in rows[:50]]
+
+
+VALID = {
+    "guid": "0",
+    "sentence": "김은 이를 만났다",
+    "subject_entity": {"word": "김", "start_idx": 0, "end_idx": 0, "type": "PER"},
+    "object_entity": {"word": "이", "start_idx": 3, "end_idx": 3, "type": "PER"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", r"a.json:1: expected JSON rows"),
+        ("a.json", '{"a": 1}', r"a.json:1: row: found 'a', expected an object"),
+        ("a.json", "[" * 100_000, r"a.json:1: expected JSON rows"),
+        ("a.jsonl", '{"guid": "0"}\n{', r"a.jsonl:2: expected JSONL rows"),
+        ("a.jsonl", json.dumps({**VALID, "guid": "\ud800"}), r"a.jsonl:1: id: found '\\ud800'"),
+        ("a.jsonl", json.dumps({**VALID, "label": "\ud800"}), r"a.jsonl:1: label: found '\\ud800'"),
+        ("a.jsonl", "[1]\n", r"a.jsonl:1: row: found \[1\], expected an object"),
+        ("a.jsonl", '{"guid": "0"}\n', r"a.jsonl:1: sentence: found None, expected text"),
+        (
+            "a.jsonl",
+            '{"guid": "0", "sentence": "\\ud83d"}\n',
+            r"a.jsonl:1: sentence: found '\\ud83d', expected text",
+        ),
+    ],
+)
+def test_the_message_says_what_is_wrong_with_json(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_offsets_count_code_points_and_an_entity_may_be_the_whole_sentence(tmp_path):
+    sentence = "𝒦\u200b\u1100\u1161\u11a8"  # beyond the BMP, invisible, a decomposed syllable
+    row = csv_row(sentence=sentence, s=entity(sentence, 0, 4), o=entity("𝒦", 0, 0))
+    assert read_rows(write_csv(tmp_path / "a.csv", row))[0].subject.word == sentence
+
+
+@pytest.mark.parametrize("label", ["", "100"])
+def test_an_empty_label_and_100_mean_no_label(tmp_path, label):
+    path = write_csv(tmp_path / "a.csv", csv_row(label=label))
+    assert read_rows(path)[0].label is None
+
+
+def test_every_row_of_the_sample_is_read(rows):
+    assert len(rows) > 1400
+    assert set(Counter(r.label for r in rows)) == set(KLUE_LABELS)
+    assert np.all([r.sentence[r.subject.start : r.subject.end + 1] == r.subject.word for r in rows])
+
+
+def test_files_of_a_data_folder(tmp_path, rows):
+    with pytest.raises(InputError, match=r"no train.csv, train.json or train.jsonl; --data names"):
+        data_file(tmp_path, "train")
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(VALID))
+    assert data_file(tmp_path, "train") == path
+    assert data_file(path, "train") == path
+    assert rows_to_predict(tmp_path) == rows_to_predict(path) == []
+    (tmp_path / "test_data.json").write_text(json.dumps([VALID, VALID | {"guid": 1}]))
+    for data in (tmp_path, path):
+        assert [row.id for row in rows_to_predict(data)] == ["0", "1"]
+    assert len(rows_to_predict(SAMPLE)) == len(read_rows(SAMPLE / "test_data.csv"))
+
+
+def test_a_version_depends_on_the_rows_but_not_on_their_file(tmp_path, rows):
+    moved = [r._replace(where="elsewhere.csv:2") for r in rows]
+    assert version("a", rows) == version("b", moved)
+    assert version("a", rows)["revision"] is None
+    assert version("a", rows) != version("a", rows[::-1])
+    assert version("a", rows) != version("a", [rows[0]._replace(label="per:x"), *rows[1:]])
