@@ -8,9 +8,9 @@ classes: `probs` (N, C), `predicted` (N,) and `gold` (N,) class numbers, 0 for t
 Scores and shares are percentages.
 """
 
-import functools
 import math
 from collections import Counter
+from operator import attrgetter
 
 import numpy as np
 
@@ -24,11 +24,11 @@ SCORES = {"micro_f1": "micro F1", "auprc": "AUPRC", "accuracy": "accuracy"}
 
 # What rows may have in common. Entities are equal if their words, offsets and types are.
 SAME = {
-    "sentence": lambda row: row.sentence,
-    "sentence + object": lambda row: (row.sentence, row.object),
-    "sentence + subject": lambda row: (row.sentence, row.subject),
-    "sentence + both": lambda row: (row.sentence, row.subject, row.object),
-    "sentence + both + label": lambda row: (row.sentence, row.subject, row.object, row.label),
+    "sentence": attrgetter("sentence"),
+    "sentence + object": attrgetter("sentence", "object"),
+    "sentence + subject": attrgetter("sentence", "subject"),
+    "sentence + both": attrgetter("sentence", "subject", "object"),
+    "sentence + both + label": attrgetter("sentence", "subject", "object", "label"),
 }
 
 
@@ -83,13 +83,10 @@ def shared_table(files: dict[str, list[Row]]) -> list[dict]:
 
 def length_table(lengths: dict[str, np.ndarray], limit: int) -> list[dict]:
     """Mean, quantiles and maximum of each file's lengths, and the number over `limit`."""
-    measures = {"mean": np.mean}
-    measures |= {f"{q} %": functools.partial(np.percentile, q=q) for q in (50, 90, 95, 99)}
-    measures |= {"max": np.max, f"over {limit}": lambda n: int((n > limit).sum())}
-    return [
-        {"tokens": what} | {name: measure(n) for name, n in lengths.items()}
-        for what, measure in measures.items()
-    ]
+    columns = {"tokens": ["mean", "50 %", "90 %", "95 %", "99 %", "max", f"over {limit}"]}
+    for name, n in lengths.items():
+        columns[name] = [n.mean(), *np.percentile(n, (50, 90, 95, 99)), n.max(), (n > limit).sum()]
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 # --- bootstrap --------------------------------------------------------------------------------
@@ -99,9 +96,8 @@ def bootstrap_weights(n_rows: int, draws: int = DRAWS):
     """Yield weights (n_rows, up to 100 of the draws): how often each row is in a sample of n_rows
     rows, drawn with replacement. They are the same on each call, so that models can be paired."""
     random = np.random.default_rng(0)
-    share = np.full(n_rows, 1 / n_rows)
     for start in range(0, draws, 100):  # in parts, to limit memory
-        counts = random.multinomial(n_rows, share, min(100, draws - start))
+        counts = random.multinomial(n_rows, np.full(n_rows, 1 / n_rows), min(100, draws - start))
         yield counts.T.astype(float, order="C")
 
 
@@ -127,16 +123,15 @@ def _weighted_areas(probs: np.ndarray, positive: np.ndarray, weights: np.ndarray
     """Areas under the precision-recall curve (D,) of one class: probs (N,), positive (N,)."""
     order = np.argsort(-probs, kind="stable")
     order = order[probs[order] >= probs[positive].min()]  # recall is 1 from the last positive on
-    sorted_probs = probs[order]
-    last_of_ties = np.flatnonzero(np.append(sorted_probs[1:] != sorted_probs[:-1], True))
+    last_of_ties = np.flatnonzero(np.diff(probs[order], append=-1))
     drawn = weights[order]
-    taken = drawn.cumsum(0)[last_of_ties]
-    hits = (drawn * positive[order, None]).cumsum(0)[last_of_ties]
-    total = hits[-1]
-    precision = np.divide(hits, taken, out=np.ones_like(hits), where=taken > 0)
-    area = hits[0] * (1 + precision[0]) / 2  # the curve starts at recall 0, precision 1
-    area += (np.diff(hits, axis=0) * (precision[1:] + precision[:-1])).sum(0) / 2
-    return np.divide(area, total, out=np.full_like(total, np.nan), where=total > 0)
+    taken, hits = (
+        np.pad(counts.cumsum(0)[last_of_ties], ((1, 0), (0, 0)))  # the curve starts at recall 0
+        for counts in (drawn, drawn * positive[order, None])
+    )
+    precision = np.where(taken > 0, hits / np.maximum(taken, 1), 1)
+    area = np.trapezoid(precision, hits, axis=0)
+    return np.where(hits[-1] > 0, area / np.maximum(hits[-1], 1), np.nan)
 
 
 def bootstrap(probs, predicted, gold, draws: int = DRAWS) -> dict[str, np.ndarray]:
@@ -183,25 +178,22 @@ def label_table(predicted, gold, labels: list[str]) -> list[dict]:
     n_predicted, table = np.bincount(predicted, minlength=len(labels)), []
     for label, p, r, f1, n, m in zip(labels, *columns, n_predicted):
         line = {"label": label, "precision": 100 * p, "recall": 100 * r, "F1": 100 * f1}
-        table.append(line | {"rows": int(n), "predicted": int(m)})
+        table.append(line | {"rows": n, "predicted": m})
     return table
 
 
 def error_table(predicted, gold) -> list[dict]:
     """The rows that micro F1 counts. A wrong relation is a false positive and a false negative."""
-    correct = (predicted == gold) & (gold != 0)
-    spurious, missed = (gold == 0) & (predicted != 0), (gold != 0) & (predicted == 0)
-    wrong = (gold != 0) & (predicted != 0) & ~correct
+    relation, found, right = gold != 0, predicted != 0, predicted == gold
     kinds = {
-        "correct relation (TP)": correct,
-        "relation predicted, none in gold": spurious,
-        "relation in gold, none predicted": missed,
-        "wrong relation predicted": wrong,
-        "false positives (FP)": spurious | wrong,
-        "false negatives (FN)": missed | wrong,
+        "correct relation (TP)": relation & right,
+        "relation predicted, none in gold": found & ~relation,
+        "relation in gold, none predicted": relation & ~found,
+        "wrong relation predicted": relation & found & ~right,
+        "false positives (FP)": found & ~right,
+        "false negatives (FN)": relation & ~right,
     }
-    counts = {kind: {"rows": int(n.sum()), "%": 100 * n.mean()} for kind, n in kinds.items()}
-    return [{"kind": kind} | count for kind, count in counts.items()]
+    return [{"kind": k, "rows": n.sum(), "%": 100 * n.mean()} for k, n in kinds.items()]
 
 
 def confusion_table(predicted, gold, labels: list[str], n: int = 15) -> list[dict]:
@@ -217,13 +209,13 @@ def group_table(heading: str, names: list[str], group: np.ndarray, predicted, go
     table = []
     for i in np.unique(group):
         p, g = predicted[group == i], gold[group == i]
-        line = {heading: names[i], "rows": len(g), "relations": int((g != 0).sum())}
+        line = {heading: names[i], "rows": len(g), "relations": (g != 0).sum()}
         line |= dict.fromkeys(("micro F1", "from", "to"), math.nan)
         if (p != 0).any() or (g != 0).any():
             drawn = [weighted_f1(p, g, weights) for weights in bootstrap_weights(len(g))]
-            line["micro F1"] = float(weighted_f1(p, g, np.ones((len(g), 1)))[0])
+            line["micro F1"] = weighted_f1(p, g, np.ones(len(g)))
             line |= interval(np.concatenate(drawn))
-        table.append(line | {"accuracy": 100 * float((p == g).mean())})
+        table.append(line | {"accuracy": 100 * (p == g).mean()})
     return table
 
 
@@ -244,9 +236,7 @@ def compare(a: list[tuple], b: list[tuple], gold, draws: int = DRAWS):
     side as it has, both with replacement. It takes the difference of the sides' mean scores.
     p is twice the share of draws with a difference of the other sign or 0.
 
-    With one run per side the result holds for these two models only, not for other seeds. With
-    two or three, the interval is too narrow, since few seeds vary less than many. Rows are taken
-    as independent, even those of one sentence.
+    docs/reports.md says what the result does not show.
     """
     drawn = [[bootstrap(probs, predicted, gold, draws) for probs, predicted in s] for s in (a, b)]
     observed = [[score(probs, gold, predicted) for probs, predicted in side] for side in (a, b)]

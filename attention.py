@@ -65,7 +65,7 @@ def _attention_by_length(query, key, value, flat, scaling, sliding_window, causa
     """One batched product for each group of sentences of equal length; (T, heads, head_dim)."""
     groups = [(length, len(list(same))) for length, same in groupby(flat.lengths)]
     scale = scaling or query.shape[-1] ** -0.5
-    # One split: the backward pass of a slice per group would fill a gradient of T tokens each.
+    # Split once: a slice per group would make the backward pass fill a gradient of T tokens each.
     sizes = [length * count for length, count in groups]
     split = [x[0].split(sizes, 1) for x in (query * scale, key, value)]
     pieces = []
@@ -83,7 +83,7 @@ def _attention_by_length(query, key, value, flat, scaling, sliding_window, causa
     return torch.cat(pieces)
 
 
-AttentionInterface.register("flat", flat_attention)  # without a mask function: no mask is built
+AttentionInterface.register("flat", flat_attention)  # no mask function: transformers builds no mask
 
 
 # --- CPU fast paths ---------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Softmax(torch.autograd.Function):
 class Dropout(nn.Dropout):
     """Dropout with a mask that takes a fifth of the time on CPUs.
 
-    torch draws a number for each value there; this cuts 64 random bits into four. The
+    torch draws a number for each value on CPUs; this cuts 64 random bits into four. The
     probability is exact to 1/65536.
     """
 
@@ -133,8 +133,8 @@ class Dropout(nn.Dropout):
 def half_on_cpu(module, inputs, output: torch.Tensor) -> torch.Tensor:
     """Forward hook of the embeddings: keep the residual stream in half precision on CPUs.
 
-    There the fp32 additions, norms and casts take a tenth of a step. CUDA's autocast runs norms in
-    fp32 in any case.
+    On CPUs the fp32 additions, norms and casts take a tenth of a step. CUDA's autocast runs norms
+    in fp32 in any case.
     """
     if output.is_cuda or not torch.is_autocast_enabled("cpu"):
         return output

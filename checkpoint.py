@@ -1,15 +1,16 @@
 """Files of a run: ckpt.pt, the model to predict with; last.pt, to resume from; summary.json.
 
-    model, tokenizer = restore(load_file("runs/demo/ckpt.pt"))       # ready to predict, no network
+    model, tokenizer = restore(load_checkpoint("runs/demo/ckpt.pt"))     # needs no network
 
-ckpt.pt holds the best model: "weights", "encoder" (its config as JSON), "tokenizer" (its files),
-"labels", "model_options" (of RelationModel), "template" (fields of data.Template), "max_length",
-"negative_factor" (see metrics.scale_negative), and about the run "run", "data", "version",
-"scores".
+ckpt.pt has the best model: "format", "weights", "encoder" (its config as JSON), "tokenizer" (its
+files), "labels", "model_options" (of RelationModel), "template" (fields of data.Template),
+"max_length", "negative_factor" (see metrics.scale_negative), and about the run "run", "data",
+"version", "scores".
 
-last.pt holds the last state: "weights", "optimizer", "scaler", "progress" (fields of Progress),
-"settings", "hash" (of examples and encoder). The save before it is previous.pt. Both files contain
-tensors and plain values only, and are read with weights_only=True: no code in them runs.
+last.pt has the last state: "format", "weights", "optimizer", "scaler", "progress" (fields of
+Progress), "settings", "hash" (of examples and encoder). The save before it is previous.pt. Both
+files contain tensors and plain values only, and are read with weights_only=True: no code in them
+runs.
 """
 
 import json
@@ -45,7 +46,7 @@ def save_tensors(path: str | Path, content: dict, keep: Path | None = None):
             raise error.__context__ from error
 
 
-def load_file(path: str | Path, expected: str = MODEL_FORMAT) -> dict:
+def load_checkpoint(path: str | Path, expected: str = MODEL_FORMAT) -> dict:
     """The content of a ckpt.pt or last.pt, on the CPU; InputError for any other file."""
     try:
         open(path, "rb").close()
@@ -54,7 +55,8 @@ def load_file(path: str | Path, expected: str = MODEL_FORMAT) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises any kind
-        raise DamagedFile(f"{path}: truncated, or not a checkpoint of train.py") from error
+        found = "truncated, or not a checkpoint of train.py"
+        raise DamagedFile(f"{path}: {found}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != expected:
         needs = f"expected {expected!r}, which this version of train.py writes"
@@ -131,7 +133,7 @@ def load_progress(folder: Path, settings: TrainingSettings, data_hash: str, part
         raise InputError(f"--resume: {folder} has no last.pt")
     for path in found:
         try:
-            content = load_file(path, PROGRESS_FORMAT)
+            content = load_checkpoint(path, PROGRESS_FORMAT)
         except DamagedFile as error:
             if path is found[-1]:
                 raise

@@ -75,8 +75,9 @@ MARKERS = {
     "typed_entity_marker_punct": (("@ * {type} * ", " @ "), ("# ^ {type} ^ ", " # ")),
 }
 TOKEN_MARKERS = ("entity_mask", "entity_marker", "typed_entity_marker")
-# Text before the sentence (the first segment) and text after it (the end of the second segment).
-# {s}, {o}: words of subject and object; {s과}, {o은}: with particle; {sep}: the separator token.
+# (text before the sentence, text after it). Text before it is the first segment, the sentence then
+# the second. {s}, {o}: words of subject and object; {s과}, {o은}: with a particle; {sep}: the
+# tokenizer's separator. There are no other combinations.
 PROMPTS = {
     "none": ("", ""),
     "s_sep_o": ("{s}{sep}{o}", ""),
@@ -214,7 +215,7 @@ def print_diff(old: str, new: str):
 
 
 def download(folder: Path, hub: str):
-    """Write a hub data set as train.csv, dev.csv and test_data.csv (dev without labels)."""
+    """Write a hub data set as train.csv, dev.csv, and test_data.csv: dev.csv without its labels."""
     for name in ("train.csv", "dev.csv", "test_data.csv"):
         if (folder / name).exists():
             raise InputError(f"{folder / name}: exists already; move it, or use another --out")

@@ -30,7 +30,7 @@ DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --am
 
 @dataclass
 class Worker:
-    """One process: its device, autocast dtype, rank and world size (0 of 1 without torchrun)."""
+    """One process: device, autocast dtype, rank and world size (without torchrun 0 and 1)."""
 
     device: torch.device
     amp: torch.dtype | None = None  # None: fp32

@@ -9,6 +9,7 @@ in the table. Figures are at most 1100 pixels wide.
 
 import functools
 import sys
+import textwrap
 from contextlib import suppress
 
 import matplotlib
@@ -16,13 +17,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from sklearn.metrics import (
-    ConfusionMatrixDisplay,
-    PrecisionRecallDisplay,
-    auc,
-    confusion_matrix,
-    precision_recall_curve,
-)
+from sklearn.metrics import auc, confusion_matrix, precision_recall_curve
 
 from analysis import label_table, list_cases, worst_mistakes
 from page import format_cell, text_cases
@@ -30,6 +25,7 @@ from rows import Row
 
 BARS = 50  # at most, in a figure
 COLOURS = ("#3566a8", "#d9822b")  # of the first and the second file
+matplotlib.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
 
 # --- fonts ------------------------------------------------------------------------------------
 
@@ -75,35 +71,28 @@ def drawable(names: list[str]) -> list[str]:
 
 def new_figure(width: float, height: float, **grid):
     """A figure of this size in inches (100 pixels each), and its axes."""
-    drawable_characters()
+    drawable_characters()  # chooses the font
     figure = Figure((width, height), dpi=100, layout="constrained")
-    axes = figure.subplots(**grid)
-    for axis in np.ravel(axes):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8, length=2)
-    return figure, axes
+    return figure, figure.subplots(**grid)
 
 
 def bar_figure(table: list[dict], columns: list[str], x_label: str) -> Figure:
-    """Bars of one or two columns of a table, with error bars if it has "from" and "to"."""
+    """Bars of one or two columns of a table, with intervals if it has "from" and "to"."""
     table = table[:BARS]
     figure, axis = new_figure(5.2, 0.9 + len(table) * (0.12 + 0.14 * len(columns)))
     at, thickness = np.arange(len(table)), 0.8 / len(columns)
     for i, (column, title) in enumerate(zip(columns, drawable(columns))):
-        values = np.array([line[column] for line in table])
+        values = [line[column] for line in table]
         y = at + (i - (len(columns) - 1) / 2) * thickness
-        bars = axis.barh(y, values, thickness, color=COLOURS[i], label=title)
-        if "from" in table[0]:
-            errors = np.abs(values - np.array([(line["from"], line["to"]) for line in table]).T)
-            axis.errorbar(values, y, xerr=errors, fmt="none", ecolor="black", lw=1, capsize=2)
-        else:
-            axis.bar_label(bars, list(map(format_cell, values)), fontsize=7, padding=2)
+        axis.barh(y, values, thickness, color=COLOURS[i], label=title)
+    if "from" in table[0]:
+        low, high = ([line[end] for line in table] for end in ("from", "to"))
+        axis.hlines(at, low, high, color="black")
     axis.set_yticks(at, drawable([next(iter(line.values())) for line in table]))
     axis.set_ylim(len(table) - 0.4, -0.6)
-    axis.margins(x=0.1)
-    axis.set_xlabel(x_label, fontsize=9)
+    axis.set_xlabel(x_label)
     if len(columns) > 1:
-        axis.legend(fontsize=8)
+        axis.legend()
     return figure
 
 
@@ -111,22 +100,18 @@ def confusion_figure(predicted: np.ndarray, gold: np.ndarray, labels: list[str])
     """The confusion matrix (rows: gold, columns: predicted), on a logarithmic colour scale."""
     matrix = confusion_matrix(gold, predicted, labels=range(len(labels)))
     side = min(0.28 * len(labels), 8.2)  # of the matrix, in inches
-    size = min(8, 72 * side / len(labels))
+    size = min(8, 72 * side / len(labels))  # of the letters
     figure, axis = new_figure(side + 2.5, side + 2.5)
-    display = ConfusionMatrixDisplay(matrix, display_labels=drawable(labels))
     top = max(matrix.max(), 2)
-    display.plot(
-        ax=axis, cmap="Blues", colorbar=False, values_format="d",
-        im_kw={"norm": LogNorm(0.7, top)}, text_kw={"fontsize": size - 1, "clip_on": True},
-    )  # fmt: skip
-    for text, count in zip(display.text_.flat, matrix.flat):
-        text.set_visible(count > 0)
-        text.set_color("white" if count > top**0.6 else "black")
-    axis.tick_params(labelsize=size)
-    for label in axis.get_xticklabels():
-        label.set(rotation=60, ha="right", rotation_mode="anchor")
-    axis.set_xlabel("predicted", fontsize=9)
-    axis.set_ylabel("gold", fontsize=9)
+    axis.imshow(matrix, cmap="Blues", norm=LogNorm(0.7, top))
+    for g, p in np.argwhere(matrix):
+        style = {"ha": "center", "va": "center", "fontsize": size - 1}
+        style["color"] = "white" if matrix[g, p] > top**0.6 else "black"
+        axis.text(p, g, matrix[g, p], **style)
+    ticks, names = range(len(labels)), drawable(labels)
+    axis.set_xticks(ticks, names, fontsize=size, rotation=60, ha="right", rotation_mode="anchor")
+    axis.set_yticks(ticks, names, fontsize=size)
+    axis.set(xlabel="predicted", ylabel="gold")
     return figure
 
 
@@ -139,45 +124,37 @@ def curves_figure(probs: np.ndarray, gold: np.ndarray, labels: list[str]) -> Fig
     figure, axes = new_figure(10.8, 0.8 + 2 * n_rows, **grid)
     for axis, c in zip(axes.flat, present):
         precision, recall, _ = precision_recall_curve(gold == c, probs[:, c])
-        display = PrecisionRecallDisplay(precision, recall)
-        display.plot(axis)
-        display.line_.set(color=COLOURS[0], drawstyle="default")  # straight, as the AUPRC takes it
+        axis.plot(recall, precision, color=COLOURS[0])
         axis.fill_between(recall, precision, color=COLOURS[0], alpha=0.2)
         area = 100 * auc(recall, precision)
         axis.set_title(f"{names[c]}\narea {area:.1f}, {counts[c]} rows", fontsize=7)
-        axis.set(xlabel="", ylabel="", aspect="auto")
     for axis in axes.flat[len(present) :]:
         axis.set_visible(False)
-    figure.supxlabel("recall", fontsize=9)
-    figure.supylabel("precision", fontsize=9)
+    figure.supxlabel("recall")
+    figure.supylabel("precision")
     return figure
 
 
 def length_figure(lengths: dict[str, np.ndarray], limit: int) -> Figure:
     """Histograms of the files' lengths in tokens, and the limit."""
     figure, axis = new_figure(6.6, 3.2)
-    edges = np.linspace(0, max(limit, *(n.max() for n in lengths.values())) + 1, 60)
-    for colour, title, n in zip(COLOURS, drawable(list(lengths)), lengths.values()):
-        shares = np.full(len(n), 100 / len(n))
-        axis.hist(n, edges, weights=shares, alpha=0.5, color=colour, label=title)
+    shares = [np.full(len(n), 100 / len(n)) for n in lengths.values()]
+    style = {"histtype": "stepfilled", "alpha": 0.5, "color": COLOURS[: len(lengths)]}
+    axis.hist(list(lengths.values()), 60, weights=shares, label=drawable(list(lengths)), **style)
     axis.axvline(limit, color="black", linewidth=1, linestyle="--", label=f"--max-length {limit}")
-    axis.set_xlabel("tokens", fontsize=9)
-    axis.set_ylabel("% of the rows", fontsize=9)
-    axis.legend(fontsize=8)
+    axis.set(xlabel="tokens", ylabel="% of the rows")
+    axis.legend()
     return figure
 
 
 def difference_figure(table: list[dict], differences: dict[str, np.ndarray]) -> Figure:
-    """Histograms of the result of `analysis.compare`; the 95 % interval has the full colour."""
+    """Histograms of the result of `analysis.compare`, with the 95 % interval shaded."""
     figure, axes = new_figure(10, 2.8, ncols=len(table))
     for axis, line, drawn in zip(axes, table, differences.values()):
-        _, edges, bars = axis.hist(drawn, 40, color=COLOURS[0])
-        for edge, bar in zip(edges, bars):
-            bar.set_alpha(1 if line["from"] <= edge <= line["to"] else 0.3)
+        axis.hist(drawn, 40, color=COLOURS[0])
+        axis.axvspan(line["from"], line["to"], color=COLOURS[0], alpha=0.2)
         axis.axvline(0, color="black", linewidth=1, linestyle="--")
-        axis.set_title(f"{line['score']}, p = {line['p']:.3f}", fontsize=9)
-        axis.set_xlabel("B - A, points", fontsize=9)
-        axis.set_yticks([])
+        axis.set(title=f"{line['score']}, p = {line['p']:.3f}", xlabel="B - A, points", yticks=[])
     return figure
 
 
@@ -195,5 +172,4 @@ def log_evaluation(writer, step: int, probs, gold, labels: list[str], rows: list
     writer.add_figure("confusion matrix", confusion_figure(predicted, gold, labels), step)
     ids, worst = [row.id for row in rows], worst_mistakes(probs, predicted, gold)
     cases = text_cases(list_cases(worst, ids, rows, gold, labels, [(probs, predicted)]))
-    code_block = "".join(f"    {line}\n" for line in cases.splitlines())
-    writer.add_text("worst mistakes", code_block, step)
+    writer.add_text("worst mistakes", textwrap.indent(cases, "    "), step)  # a code block

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-from checkpoint import load_file, restore
+from checkpoint import load_checkpoint, restore
 from common import InputError, Parser, exit_on_error, is_text
 from data import KLUE_LABELS, TYPES, Template, with_known_labels
 from distributed import DTYPES, Worker, process_group
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--object", help="the object in the sentence, likewise")
     add("--amp", default="auto", choices=("auto", *DTYPES), help="mixed precision (default: auto)")
     add("--max-tokens", type=int, default=16384, metavar="N",
-        help="tokens per batch on a device (default: 16384)")  # fmt: skip
+        help="tokens per batch on a GPU (default: 16384; on a CPU at most 4096)")  # fmt: skip
     arguments = parser.parse_args()
     one = (arguments.sentence, arguments.subject, arguments.object)
     if any(one) and not all(one):
@@ -52,10 +52,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_about(paths: list[str]) -> list[dict]:
-    """Each checkpoint's run, data and labels, which must agree; one file at a time in memory."""
+    """Run, data and labels of each checkpoint; the labels must agree."""
     about = []
     for path in paths:
-        checkpoint = load_file(path)
+        checkpoint = load_checkpoint(path)
         about.append({key: checkpoint[key] for key in ("run", "data", "labels")})
         if about[-1]["labels"] != about[0]["labels"]:
             raise InputError(f"{path}: its labels, or their order, differ from those of {paths[0]}")
@@ -75,16 +75,17 @@ def predict_rows(checkpoint: dict, rows: list[Row], worker: Worker, max_tokens: 
 
 def mean_probs(paths: list[str], rows: list[Row], worker: Worker, max_tokens: int) -> np.ndarray:
     """The mean of the checkpoints' probabilities (rows, labels); one model at a time in memory."""
-    return sum(predict_rows(load_file(p), rows, worker, max_tokens) for p in paths) / len(paths)
+    each = (predict_rows(load_checkpoint(path), rows, worker, max_tokens) for path in paths)
+    return sum(each) / len(paths)
 
 
 # --- one sentence -----------------------------------------------------------------------------
 
 
 def find_entity(sentence: str, text: str, option: str, types: tuple[str, ...] | None) -> Entity:
-    """The entity WORD:TYPE or WORD at the first occurrence of the word, which may contain colons.
+    """The entity that WORD or WORD:TYPE names, at the word's first occurrence.
 
-    types: the types that the model knows; None if it takes any.
+    The word may contain colons. types: the types that the model knows; None if it takes any.
     """
     word, _, type_ = text.rpartition(":")
     if not word or word not in sentence or (text in sentence and type_ not in (types or ())):
@@ -112,8 +113,8 @@ def row_from_options(arguments: argparse.Namespace, labels: list[str]) -> Row:
 
 
 def default_output(runs: list[str]) -> Path:
-    """out/A.csv, out/A+B.csv, out/A+2.csv for one, two, three runs; file names have a limit."""
-    names = [Path(run).name.strip(".") or "run" for run in runs]  # no folders, whoever wrote it
+    """out/A.csv, out/A+B.csv, out/A+2.csv for one, two, three runs: names have a maximum length."""
+    names = [Path(run).name.strip(".") or "run" for run in runs]  # a checkpoint may name any path
     name = "+".join(names) if len(names) < 3 else f"{names[0]}+{len(names) - 1}"
     return Path("out") / f"{name}.csv"
 

@@ -40,12 +40,12 @@ def write_predictions(
     gold: list[str] | None = None,
 ):
     """Write the competition's columns id, pred_label, probs; with `gold`, label after id."""
+    columns = {"id": ids} | ({"label": gold} if gold else {})
+    columns |= {"pred_label": predicted, "probs": map(json.dumps, probs.tolist())}
     with atomic_write(path) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", *(["label"] if gold else []), "pred_label", "probs"])
-        for i, (row_id, label, p) in enumerate(zip(ids, predicted, probs, strict=True)):
-            label_cell = [gold[i]] if gold else []
-            writer.writerow([row_id, *label_cell, label, json.dumps(p.tolist())])
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def read_predictions(path: str) -> Predictions:
@@ -83,19 +83,16 @@ def check_alike(files: list[Predictions]):
     """Raise InputError unless all files have the same ids, in the same order, and C classes."""
     first = files[0]
     for other in files[1:]:
-        missing = first.ids, other.ids, f"rows of {first.path} are missing"
-        extra = other.ids, first.ids, f"rows are not in {first.path}"
-        for ids, others, problem in (missing, extra):
-            known = set(others)
-            if alone := [row_id for row_id in ids if row_id not in known]:
-                problem = f"{len(alone)} {problem}, such as id {alone[0]!r}"
-                raise InputError(f"{other.path}: {problem}; expected files of the same rows")
+        missing, extra = set(first.ids) - set(other.ids), set(other.ids) - set(first.ids)
+        if alone := missing or extra:
+            problem = f"of {first.path} are missing" if missing else f"are not in {first.path}"
+            found = f"{len(alone)} rows {problem}, such as id {min(alone)!r}"
+            raise InputError(f"{other.path}: {found}; expected files of the same rows")
         for line, found, expected in zip(other.lines, other.ids, first.ids):
             order = f"{expected!r}, the order of {first.path}"
             expect(found == expected, f"{other.path}:{line}", "id", found, order)
-        n_found, n_expected = other.probs.shape[1], first.probs.shape[1]
-        as_in = f"{n_expected} as in {first.path}"
-        expect(n_found == n_expected, other.path, "classes", n_found, as_in)
+        found, expected = other.probs.shape[1], first.probs.shape[1]
+        expect(found == expected, other.path, "classes", found, f"{expected} as in {first.path}")
 
 
 def class_names(files: list[Predictions], labels: list[str] | None = None) -> dict[int, str]:
@@ -137,7 +134,7 @@ def gold_classes(
     class_of = {label: c for c, label in names.items()}
     for line, label, own in zip(file.lines, gold, file.gold or gold):
         where, known = f"{file.path}:{line}", f"one of {len(class_of)} known labels"
-        expect(label == own, where, "label", own, f"{label!r} as in the data file")
+        expect(label == own, where, "label", own, f"{label!r} as in the data or the first file")
         expect(label in class_of, where, "label", label, known)
     return np.array([class_of[label] for label in gold])
 
@@ -153,25 +150,21 @@ def score(probs: np.ndarray, gold: np.ndarray, predicted: np.ndarray | None = No
     auprc: area under the precision-recall curve (trapezoidal rule), averaged over all classes
         including 0. A class without a gold row has no curve; it is listed in "absent".
     """
-    from sklearn.metrics import f1_score  # here and below: scikit-learn takes a second to import
+    from sklearn.metrics import auc, f1_score, precision_recall_curve  # takes a second
 
     predicted = probs.argmax(1) if predicted is None else predicted
     classes = list(range(probs.shape[1]))
-    present = [c for c in classes if (gold == c).any()]
+    areas = []
+    for c in np.unique(gold):
+        precision, recall, _ = precision_recall_curve(gold == c, probs[:, c])
+        areas.append(auc(recall, precision))
     f1 = f1_score(gold, predicted, average="micro", labels=classes[1:], zero_division=0)
     return {
         "micro_f1": 100 * f1,
-        "auprc": 100 * float(np.mean([_area(probs[:, c], gold == c) for c in present])),
+        "auprc": 100 * float(np.mean(areas)),
         "accuracy": 100 * float((predicted == gold).mean()),
-        "absent": [c for c in classes if c not in present],
+        "absent": [c for c in classes if c not in gold],
     }
-
-
-def _area(probs: np.ndarray, positive: np.ndarray) -> float:
-    from sklearn.metrics import auc, precision_recall_curve
-
-    precision, recall, _ = precision_recall_curve(positive, probs)
-    return auc(recall, precision)
 
 
 def describe(scores: dict, labels: list[str]) -> str:

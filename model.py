@@ -152,7 +152,7 @@ class FlatEncoder(nn.Module):
             return self.encode(batch)
 
     def _inputs(self, ids: torch.Tensor, entities) -> dict:
-        """Token ids (B, L), or their embeddings plus those of entities (2, B, L)."""
+        """The encoder's input: ids (B, L), or embeddings (B, L, width) if entities have some."""
         if not self.entity_embeddings:
             return {"input_ids": ids}
         added = sum(table(which) for table, which in zip(self.entity_embeddings, entities))
@@ -219,10 +219,8 @@ class RelationModel(FlatEncoder):
         if not states.is_cuda:
             return last_rnn_states_on_cpu(self.rnn, states, batch)
         order = batch.positions.argsort(stable=True)  # PackedSequence: by position, then sentence
-        position = torch.arange(batch.lengths[0])[:, None]
-        sizes = (torch.tensor(batch.lengths) > position).sum(
-            1
-        )  # PackedSequence wants it on the CPU
+        longer = torch.tensor(batch.lengths) > torch.arange(batch.lengths[0])[:, None]
+        sizes = longer.sum(1)  # PackedSequence needs it on the CPU
         with torch.autocast("cuda", enabled=False):  # autocast would use fp16, also with bf16
             _, last = self.rnn(PackedSequence(states[order].float(), sizes))
         last = last if self.head == "bigru" else last[0]  # (2, B, hidden)
@@ -232,8 +230,9 @@ class RelationModel(FlatEncoder):
 def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_alpha=None):
     """The loss of each sentence, (B,), for logits (B, n_labels) and labels (B,).
 
-    Cross entropy, or with focal_gamma or focal_alpha (n_labels,) the focal loss on the softmax:
-    FL(p_t) = -alpha_t (1 - p_t)^gamma log p_t (Lin et al. 2017).
+    Cross entropy; with focal_gamma the focal loss on the softmax,
+    FL(p_t) = -alpha_t (1 - p_t)^gamma log p_t (Lin et al. 2017). focal_alpha (n_labels,) weights
+    the labels in both.
     """
     logits = logits.float()
     smoothing = {"label_smoothing": label_smoothing, "reduction": "none"}

@@ -11,7 +11,7 @@ import base64
 import html
 import io
 import unicodedata
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,9 +44,7 @@ def write_report(title: str, sections: list[Section], out: Path):
     print(title)
     for section in sections:
         if section.table or section.cases:
-            print(f"\n## {section.title}")
-        if section.note:
-            print(section.note)
+            print(f"\n## {section.title}\n{section.note}".rstrip())
         if section.table:
             print(text_table(section.table))
         if section.cases:
@@ -83,8 +81,7 @@ def text_table(table: list[dict]) -> str:
 
 def text_width(text: str) -> int:
     """The number of terminal columns that a text takes."""
-    wide = [unicodedata.east_asian_width(c) in "WF" for c in text if not unicodedata.combining(c)]
-    return len(wide) + sum(wide)
+    return len(text) + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
 
 
 def text_cases(cases: list[tuple[str, Row | None]]) -> str:
@@ -100,20 +97,18 @@ def text_cases(cases: list[tuple[str, Row | None]]) -> str:
 
 STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 1360px; color: #222; background: #fff;
-  font: 15px/1.5 system-ui, "Noto Sans KR", "NanumGothic", "Malgun Gothic", sans-serif;
-  overflow-wrap: anywhere; box-sizing: border-box }
-h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; box-sizing: border-box }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
 nav a { display: inline-block; margin-right: 1rem } a { color: #3566a8 }
 p { margin: .3rem 0; max-width: 80ch; white-space: pre-line }
 .row { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start }
 .box { overflow-x: auto; max-width: 100% } img { display: block; max-width: 100% }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums;
-  overflow-wrap: normal }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .15rem .6rem; text-align: left; white-space: nowrap }
 th { border-bottom: 2px solid #999 } td { border-bottom: 1px solid #e3e3e3 }
-.n { text-align: right } tbody tr:hover { background: #f3f6fa }
+.n { text-align: right } tr:hover { background: #f3f6fa }
 .case { margin: .6rem 0; padding: .4rem .7rem; border-left: 3px solid #ccc }
-.case b { font-weight: 600 } mark { padding: 0 .15em; border-radius: 3px }
+mark { padding: 0 .15em; border-radius: 3px }
 .s { background: #bcd6f7 } .o { background: #ffd9a8 } .s.o { background: #d9c2f0 }
 """
 
@@ -146,27 +141,22 @@ def html_page(title: str, sections: list[Section]) -> str:
 
 def html_table(table: list[dict]) -> str:
     """A table as HTML, with numbers right-aligned."""
-    side = ['class="n"' if not isinstance(value, str) else "" for value in table[0].values()]
-    head = "".join(
-        f"<th {s}>{html.escape(format_cell(name))}</th>" for s, name in zip(side, table[0])
-    )
-    body = ""
-    for line in table:
-        cells = zip(side, map(format_cell, line.values()))
-        body += f"<tr>{''.join(f'<td {s}>{html.escape(cell)}</td>' for s, cell in cells)}</tr>\n"
-    table = f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody>"
-    return f'<div class="box"><table>{table}</table></div>'
+    classes = ["" if isinstance(value, str) else "n" for value in table[0].values()]
+    rows = ""
+    for tag, values in [("th", table[0]), *(("td", line.values()) for line in table)]:
+        cells = zip(classes, map(html.escape, map(format_cell, values)))
+        row = "".join(f'<{tag} class="{name}">{cell}</{tag}>' for name, cell in cells)
+        rows += f"<tr>{row}</tr>\n"
+    return f'<div class="box"><table>{rows}</table></div>'
 
 
 def html_sentence(row: Row) -> str:
     """A row's sentence as HTML with subject and object marked, also where they overlap."""
     entities = {"s": row.subject, "o": row.object}
-    classes = [
-        " ".join(name for name, e in entities.items() if e.start <= i <= e.end)
-        for i in range(len(row.sentence))
-    ]
+    edges = {0, len(row.sentence)}.union(*((e.start, e.end + 1) for e in entities.values()))
     out = ""
-    for css_class, pairs in groupby(zip(classes, row.sentence), key=lambda pair: pair[0]):
-        text = html.escape("".join(c for _, c in pairs))
+    for start, end in pairwise(sorted(edges)):
+        text = html.escape(row.sentence[start:end])
+        css_class = " ".join(name for name, e in entities.items() if e.start <= start <= e.end)
         out += f'<mark class="{css_class}">{text}</mark>' if css_class else text
     return out

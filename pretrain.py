@@ -10,7 +10,6 @@ resumes. The loop is that of train.py.
 """
 
 import math
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,6 @@ from train import run
 @dataclass
 class PretrainingSettings(TrainingSettings):
     kind = "mlm"
-    decay_of_12_layers = 1.0
 
     valid: str = setting("", "data",
         "file with sentences to hold out; none: hold out none (default: a tenth)")  # fmt: skip
@@ -218,12 +216,10 @@ class MaskedTokenTask(Task):
             self.model.encoder.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             for path in Path(temporary).iterdir():
-                target = folder / "encoder" / path.name
-                with atomic_write(target, "wb") as file, open(path, "rb") as written:
-                    shutil.copyfileobj(written, file)
+                with atomic_write(folder / "encoder" / path.name, "wb") as file:
+                    file.write(path.read_bytes())
 
-    @staticmethod
-    def next_commands(folders: list[Path]) -> str:
+    def next_commands(self, folders: list[Path]) -> str:
         return "\n".join(f"  python train.py --model {folder / 'encoder'}" for folder in folders)
 
 

@@ -41,21 +41,6 @@ def report_data(arguments: argparse.Namespace):
     names = [Path(path).name for path in paths]
     names = names if len(set(names)) == len(names) else paths
     files = dict(zip(names, map(read_rows, paths)))
-    sections = data_sections(files)
-    if arguments.model:
-        template = Template(arguments.marker, arguments.prompt, arguments.type_names)
-        lengths, limit = token_lengths(files, template, arguments.model), arguments.max_length
-        note = f"{arguments.model}, --marker {arguments.marker}, --prompt {arguments.prompt}"
-        table, figure = analysis.length_table(lengths, limit), figures.length_figure(lengths, limit)
-        sections.append(Section("Lengths in tokens", note, table, figure))
-    title = ", ".join(f"{name}: {len(rows):,} rows" for name, rows in files.items())
-    write_report(title, sections, Path(arguments.out))
-    if not arguments.model:
-        print("no lengths in tokens: use --model MODEL")
-
-
-def data_sections(files: dict[str, list[Row]]) -> list[Section]:
-    """The report on one or two files, without lengths."""
     labelled = {name: rows for name, rows in files.items() if any(row.label for row in rows)}
     columns = {
         "label": (labelled, lambda row: row.label),
@@ -75,17 +60,20 @@ def data_sections(files: dict[str, list[Row]]) -> list[Section]:
         sections.append(Section(f"Labels and types of {name}", "Number of rows.", table))
     note = "Rows with the same sentence, entities or label as an earlier row of the file.\n"
     note += "Entities are the same if their words, offsets and types are."
-    table = analysis.repeat_table(files)
-    figure = figures.bar_figure(table, list(files), "rows")
-    sections.append(Section("Repeated rows", note, table, figure))
+    sections.append(Section("Repeated rows", note, analysis.repeat_table(files)))
     if len(files) == 2:
-        table = analysis.shared_table(files)
-        figure = figures.bar_figure(table, list(table[0])[2:], "rows")
-        sections.append(Section("Shared by both files", "", table, figure))
-    return sections
+        sections.append(Section("Shared by both files", "", analysis.shared_table(files)))
+    if arguments.model:
+        template = Template(arguments.marker, arguments.prompt, arguments.type_names)
+        lengths, limit = token_lengths(files, template, arguments.model), arguments.max_length
+        note = f"{arguments.model}, --marker {arguments.marker}, --prompt {arguments.prompt}"
+        table, figure = analysis.length_table(lengths, limit), figures.length_figure(lengths, limit)
+        sections.append(Section("Lengths in tokens", note, table, figure))
+    title = ", ".join(f"{name}: {len(rows):,} rows" for name, rows in files.items())
+    write_report(title, sections, Path(arguments.out))
 
 
-def token_lengths(files: dict[str, list[Row]], template: Template, model: str):
+def token_lengths(files, template: Template, model: str) -> dict[str, np.ndarray]:
     """{file: number of tokens of each row (N,), without truncation}."""
     from model import add_markers, load_tokenizer  # torch takes seconds to import
     from tokens import encode
@@ -127,33 +115,26 @@ def load(paths: list[str], gold_path: str | None) -> Loaded:
     summary = metrics.read_summary(Path(paths[0]).parent)
     names = metrics.class_names(files, summary.get("labels"))
     rows = find_rows(files[0], gold_path, summary)
-    told = [row.label for row in rows or []]
-    if None in told:
-        if gold_path:
-            found = "found rows without a label"
-            raise InputError(f"--gold {gold_path}: {found}, expected {len(told)} with one")
-        told = None
-    classes = [metrics.gold_classes(file, names, told) for file in files]
-    for path, found in zip(paths, classes):
-        if (found != classes[0]).any():
-            raise InputError(f"{path}: label: found other labels than in {paths[0]}")
+    for row in rows or []:
+        expect(row.label, row.where, "label", row.label, "a label in each row")
+    told = [row.label for row in rows] if rows else files[0].gold
+    gold, *_ = (metrics.gold_classes(file, names, told) for file in files)  # all the same
     labels = [names.get(c, f"class {c}") for c in range(files[0].probs.shape[1])]
     runs = [(file.probs, np.array(list(map(labels.index, file.predicted)))) for file in files]
-    return Loaded(files, runs, labels, classes[0], rows)
+    return Loaded(files, runs, labels, gold, rows)
 
 
 def find_rows(file: metrics.Predictions, gold_path: str | None, summary: dict) -> list[Row] | None:
     """The rows that a file predicts: of --gold, or of the data file that its run used, or None.
 
     If these are not all rows of the data file, say so: ids do not prove that it is the right one.
-    Raises InputError for an id that the data file lacks.
     """
     settings = summary.get("settings", {})
     if gold_path is None:
         try:
             valid, data = settings["valid"], settings["data"]
-            is_split = valid.startswith("hub:")  # HUB/SPLIT, while data is HUB
-            gold_path = valid if is_split else data_file(valid or data, "train")
+            # --valid may be HUB/SPLIT, while --data is HUB
+            gold_path = valid if valid.startswith("hub:") else data_file(valid or data, "train")
         except (KeyError, InputError):
             return None
     skipped = [] if settings.get("skip_bad_rows") else None
@@ -176,11 +157,6 @@ def report_errors(arguments: argparse.Namespace):
     curves; the worst mistakes.
     """
     loaded = load([arguments.file], arguments.gold)
-    out = arguments.out or Path(arguments.file).with_suffix("")
-    loaded.write_report(arguments.file, error_sections(loaded), out)
-
-
-def error_sections(loaded: Loaded) -> list[Section]:
     (probs, predicted), gold, labels = loaded.runs[0], loaded.gold, loaded.labels
     table = analysis.score_table(probs, predicted, gold)
     note = f"From, to: 95 % interval of {analysis.DRAWS:,} bootstrap draws."
@@ -188,29 +164,27 @@ def error_sections(loaded: Loaded) -> list[Section]:
         note += f" AUPRC without {', '.join(absent)}: no such row."
     sections = [Section("Scores", note, table, figures.bar_figure(table, ["value"], "%"))]
 
-    of_labels = analysis.label_table(predicted, gold, labels)
-    precision, recall = (format_cell(of_labels[0][name]) for name in ("precision", "recall"))
+    classes = predicted, gold, labels
+    table = analysis.label_table(*classes)
+    precision, recall = (format_cell(table[0][name]) for name in ("precision", "recall"))
     note = f"{labels[0]}: precision {precision}, recall {recall}."
-    table = analysis.error_table(predicted, gold)
-    figure = figures.bar_figure(table, ["rows"], "rows")
-    sections.append(Section("Kinds of errors", note, table, figure))
-    figure = figures.bar_figure(of_labels, ["F1"], "F1, %")
-    sections.append(Section("Labels", "", of_labels, figure))
-    table = analysis.confusion_table(predicted, gold, labels)
-    sections.append(Section("Most frequent confusions", "", table))
-    figure = figures.confusion_figure(predicted, gold, labels)
-    sections.append(Section("Confusion matrix", "", figure=figure))
-    figure = figures.curves_figure(probs, gold, labels)
-    sections.append(Section("Precision-recall curves", "", figure=figure))
-
+    sections += [
+        Section("Kinds of errors", note, analysis.error_table(predicted, gold)),
+        Section("Labels", "", table, figures.bar_figure(table, ["F1"], "F1, %")),
+        Section("Most frequent confusions", "", analysis.confusion_table(*classes)),
+        Section("Confusion matrix", figure=figures.confusion_figure(*classes)),
+        Section("Precision-recall curves", figure=figures.curves_figure(probs, gold, labels)),
+    ]
     if loaded.rows:
         for heading, (names, group) in groups_of(loaded.rows).items():
             table = analysis.group_table(heading, names, group, predicted, gold)
             figure = figures.bar_figure(table, ["micro F1"], "micro F1, %")
             sections.append(Section(f"By {heading}", "", table, figure))
-    worst = analysis.worst_mistakes(probs, predicted, gold, 50)
     note = "Wrong predictions, the lowest probability of the gold label first."
-    return [*sections, Section("Worst mistakes", note, cases=loaded.cases(worst, loaded.runs))]
+    worst = loaded.cases(analysis.worst_mistakes(probs, predicted, gold, 50), loaded.runs)
+    sections.append(Section("Worst mistakes", note, cases=worst))
+    out = arguments.out or Path(arguments.file).with_suffix("")
+    loaded.write_report(arguments.file, sections, out)
 
 
 def groups_of(rows: list[Row]) -> dict[str, tuple[list[str], np.ndarray]]:
@@ -252,20 +226,14 @@ def report_comparison(arguments: argparse.Namespace):
     if in_both := set(a) & set(b):
         raise InputError(f"{min(in_both)}: found in both A and B, expected different files")
     loaded = load([*a, *b], arguments.gold)
-    title = f"A: {', '.join(a)}; B: {', '.join(b)}"
-    loaded.write_report(title, comparison_sections(loaded, len(a)), arguments.out)
-
-
-def comparison_sections(loaded: Loaded, n_a: int) -> list[Section]:
-    """The report on two sides; the first n_a files are A."""
-    gold, a, b = loaded.gold, loaded.runs[:n_a], loaded.runs[n_a:]
+    gold, runs_a, runs_b = loaded.gold, loaded.runs[: len(a)], loaded.runs[len(a) :]
     one_each = len(a) == len(b) == 1
     of_files = []
-    for i, (file, (probs, predicted)) in enumerate(zip(loaded.files, loaded.runs)):
+    for path, (probs, predicted) in zip([*a, *b], loaded.runs):
         scores = metrics.score(probs, gold, predicted)
         titled = {title: scores[name] for name, title in analysis.SCORES.items()}
-        of_files.append({"side": "A" if i < n_a else "B", "file": file.path} | titled)
-    table, differences = analysis.compare(a, b, gold)
+        of_files.append({"side": "A" if path in a else "B", "file": path} | titled)
+    table, differences = analysis.compare(runs_a, runs_b, gold)
     note = "\n".join(map(analysis.verdict, table))
     if one_each:
         note += "\nThis holds for these two models only: several seeds per side compare methods."
@@ -273,26 +241,27 @@ def comparison_sections(loaded: Loaded, n_a: int) -> list[Section]:
     table = [line | {"p": f"{line['p']:.4f}"} for line in table]
     sections = [Section("Files", "", of_files), Section("Is B better?", note, table, figure)]
 
-    right = np.array([predicted == gold for _, predicted in loaded.runs])
-    all_a, no_a, all_b, no_b = (
-        mask for side in (right[:n_a], right[n_a:]) for mask in (side.all(0), ~side.any(0))
+    right_a, right_b = (  # the share of a side's runs that are right, for each row
+        np.mean([predicted == gold for _, predicted in runs], 0) for runs in (runs_a, runs_b)
     )
-    which = {"both right": all_a & all_b, "only A right": all_a & no_b}
-    which |= {"only B right": no_a & all_b, "both wrong": no_a & no_b}
-    counts = {name: int(mask.sum()) for name, mask in which.items()}
+    which = {
+        "both right": np.flatnonzero((right_a == 1) & (right_b == 1)),
+        "only A right": np.flatnonzero((right_a == 1) & (right_b == 0)),
+        "only B right": np.flatnonzero((right_a == 0) & (right_b == 1)),
+        "both wrong": np.flatnonzero((right_a == 0) & (right_b == 0)),
+    }
     note = "Rows that all runs of a side get right, or none does."
     if one_each:
-        p = analysis.mcnemar(counts["only A right"], counts["only B right"])
+        p = analysis.mcnemar(len(which["only A right"]), len(which["only B right"]))
         significant = "significant" if p < 0.05 else "not significant"
         note = f"McNemar's exact test of the two accuracies: p = {p:.4f}, {significant}."
-    table = [{"rows": name, "count": n} for name, n in counts.items()]
-    figure = figures.bar_figure(table, ["count"], "rows")
-    sections.append(Section("Right and wrong", note, table, figure))
-    for name in ("only A right", "only B right"):
-        cases = loaded.cases(np.flatnonzero(which[name]), [a[0], b[0]])
-        title = name[0].upper() + name[1:]
-        sections.append(Section(title, "The prediction of A, then of B.", cases=cases))
-    return sections
+    table = [{"rows": name, "count": len(rows)} for name, rows in which.items()]
+    sections.append(Section("Right and wrong", note, table))
+    for side in "AB":
+        cases = loaded.cases(which[f"only {side} right"], [runs_a[0], runs_b[0]])
+        note = "The prediction of A, then of B."
+        sections.append(Section(f"Only {side} right", note, cases=cases))
+    loaded.write_report(f"A: {', '.join(a)}; B: {', '.join(b)}", sections, arguments.out)
 
 
 # --- program ----------------------------------------------------------------------------------

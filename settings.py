@@ -2,7 +2,7 @@
 
     settings = parse_settings(Settings, "train.py", description)     # sys.argv
     settings.folder()                                                # runs/roberta-large-entity
-    settings.resolve(hidden_size=1024, n_layers=24)                  # a value for each None
+    settings.resolve(hidden_size=1024, n_layers=24)     # --lr and --layer-decay for the encoder
 
 TrainingSettings is what train.py and pretrain.py share; Settings adds what relations need.
 """
@@ -38,16 +38,13 @@ def setting(default, group: str, help: str, *allowed, auto="", bare=None, named=
 class TrainingSettings:
     """Settings that every training has. Each is an option: --batch-size, --no-NAME for a switch."""
 
-    kind = "run"  # the second part of the run's name
-    decay_of_12_layers = 0.85  # the default layer-wise decay of a 12-layer encoder
-
     # fmt: off
     data: str = setting("data", "data",
         "folder with train.csv and test_data.csv (or .json, .jsonl), a training file, or "
         "hub:OWNER/NAME@REVISION[:CONFIG]")
     valid: str = setting("", "data", "validation file; none: train on all rows (default: a split)")
     limit: int = setting(0, "data",
-        "number of training rows, the same for every seed; 0: all", 0, math.inf)
+        "number of training rows, the same rows for every seed; 0: all", 0, math.inf)
     skip_bad_rows: bool = setting(False, "data",
         "skip and count bad rows; otherwise the first is an error")
     max_length: int = setting(256, "input",
@@ -72,8 +69,8 @@ class TrainingSettings:
     seed: int = setting(42, "optimisation",
         "seed of batch order, new weights and dropout", 0, 2**32 - 1)
     seeds: int = setting(1, "run",
-        "number of runs with consecutive seeds from --seed; prints the mean of their scores", 1,
-        100, named=False)
+        "number of runs with consecutive seeds, each in a folder <run>-seed=N; prints the mean of "
+        "their scores", 1, 100, named=False)
     amp: str = setting("auto", "run",
         "mixed precision; auto: bf16 if supported, else fp16 on a GPU and off on a CPU", "auto",
         "off", "bf16", "fp16")
@@ -84,11 +81,11 @@ class TrainingSettings:
     patience: int = setting(0, "run",
         "stop after this many evaluations without a better score; 0: never", 0, math.inf)
     save_every: int = setting(0, "run",
-        "steps between saves of last.pt; 0: at each evaluation", 0, math.inf, named=False)
+        "steps between saves of last.pt; 0: only at evaluations", 0, math.inf, named=False)
     out: str = setting("", "run",
         "run folder (default: runs/<encoder>-<head>-<other settings>)", named=False)
     resume: bool = setting(False, "run",
-        "fail if there is no last.pt to resume from; with a last.pt, every run resumes",
+        "fail unless there is a last.pt (every run resumes from it, also without this option)",
         named=False)
     fresh: bool = setting(False, "run", "start over, even if there is a last.pt", named=False)
     deterministic: bool = setting(False, "run",
@@ -101,8 +98,9 @@ class TrainingSettings:
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
             if not allowed or not isinstance(value, (int, float)):
                 continue
-            if not (math.isfinite(value) and allowed[0] <= value <= allowed[1]):
-                limits = f"{allowed[0]} to {allowed[1]}"
+            low, high = allowed
+            if not (math.isfinite(value) and low <= value <= high):
+                limits = f"{low} to {high}" if high < math.inf else f"at least {low}"
                 raise InputError(f"{option(f.name)}: found {value}, expected {limits}")
         if self.patience and self.valid == "none":
             raise InputError("--patience needs validation scores; --valid none has none")
@@ -135,7 +133,7 @@ class TrainingSettings:
         if lr is None:
             lr = float(f"{4e-5 * (1024 / hidden_size) ** 2:.2g}")
         if decay is None:
-            decay = round(self.decay_of_12_layers ** (12 / n_layers), 3)
+            decay = round(0.85 ** (12 / n_layers), 3)
         return replace(self, lr=lr, layer_decay=decay)
 
 
@@ -145,8 +143,8 @@ class Settings(TrainingSettings):
 
     # fmt: off
     split: str = setting("test-like", "data",
-        "validation split: a tenth, like KLUE-RE's test set, or a fifth, by label", "test-like",
-        "stratified")
+        "validation rows: a tenth, like KLUE-RE's test set, or a fifth, stratified by label",
+        "test-like", "stratified")
     folds: int = setting(0, "data",
         "number of folds for cross-validation; 0: use --split", 0, math.inf)
     fold: int = setting(0, "data", "the fold to validate on, from 0", 0, math.inf)
@@ -156,16 +154,16 @@ class Settings(TrainingSettings):
     clean: bool = setting(True, "data", "remove duplicate and contradictory training rows")
     negative_label: str = setting("no_relation", "data", "the label that means no relation")
     marker: str = setting("typed_entity_marker_punct", "input", "entity marker", *MARKERS)
-    prompt: str = setting("s_and_o", "input", "prompt before or after the sentence", *PROMPTS)
+    prompt: str = setting("s_and_o", "input", "prompt around the sentence", *PROMPTS)
     type_names: str = setting("en", "input", "language of entity types in markers", *TYPE_NAMES)
-    head: str = setting("entity", "model", "what is pooled", "cls", "entity", "bilstm", "bigru")
+    head: str = setting("entity", "model", "pooling", "cls", "entity", "bilstm", "bigru")
     norm: str = setting("layer", "model",
         "normalisation before the classifier", "layer", "batch", "none")
     gelu: bool = setting(False, "model", "GELU before the classifier")
     dropout: float = setting(0.0, "model", "dropout before the classifier", 0, 0.99)
     entity_embedding: str = setting("none", "model",
-        "learned embeddings of subject and object tokens, typed: of their entity types too "
-        "(without a value: plain)", "none", "plain", "typed", bare="plain")
+        "add learned embeddings of subject and object, typed: of their types too (without a value: "
+        "plain)", "none", "plain", "typed", bare="plain")
     label_smoothing: float = setting(0.0, "optimisation",
         "label smoothing of the cross entropy", 0, 1)
     focal_gamma: float = setting(0.0, "optimisation",
@@ -184,10 +182,14 @@ class Settings(TrainingSettings):
         super().check()
         if self.label_smoothing and (self.focal_gamma or self.focal_alpha):
             raise InputError("--label-smoothing excludes --focal-gamma and --focal-alpha")
-        if self.folds and (self.valid or self.folds == 1):
-            raise InputError(f"--folds {self.folds}: expected 2 or more, and no --valid")
+        if self.folds == 1:
+            raise InputError("--folds: found 1, expected at least 2")
+        if self.folds and self.valid:
+            raise InputError("--folds and --valid exclude each other")
         if self.fold and self.fold >= self.folds:
-            raise InputError(f"--fold {self.fold}: expected less than --folds {self.folds}")
+            raise InputError(f"--fold: found {self.fold}, expected less than --folds {self.folds}")
+        if self.no_relation_share is not None and not self.test_like():
+            raise InputError("--no-relation-share needs --split test-like, and no --folds")
         if self.demo and self.model != Settings.model:
             raise InputError(f"--model {self.model}: --demo makes its own encoder")
 
@@ -221,7 +223,7 @@ def parse_settings(kind: type, program: str, description: str, arguments=None):
             how |= {"nargs": "?", "const": f.metadata["bare"]}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        default = f.metadata["auto"] or ("" if f.default == "" else f.default)
+        default = f.metadata["auto"] or f.default
         shown = "" if default == "" else f" (default: {default})"
         help = (f.metadata["help"] + shown).replace("%", "%%")
         groups[f.metadata["group"]].add_argument(option(f.name), help=help, **how)

@@ -34,7 +34,6 @@ try:
 except ImportError:
     optuna = None  # main() reports it
 
-HERE = Path(__file__).parent
 SPACE = {  # what the wrap-up report searched
     "marker": [name for name in MARKERS if name != "entity_mask"],
     "prompt": list(PROMPTS),
@@ -166,23 +165,22 @@ def run_trial(trial, path: Path, command: list[str], stop: StopSignal, poll: flo
         training = subprocess.Popen(  # in a session of its own: only this process signals it
             command, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
         )
-    ended = pruned = False
+    ended = False
     try:
-        while not (ended or pruned or stop.number):
+        while not (ended or stop.number):
             time.sleep(poll)
             ended = training.poll() is not None  # before reading: no evaluation follows
             summary = read_summary(path)
             for number, scores in enumerate(summary.get("evaluations", []), 1):
                 trial.report(scores[summary["settings"]["best_metric"]], number)
-            pruned = not ended and trial.should_prune()
+            if not ended and trial.should_prune():
+                raise optuna.TrialPruned
     finally:
         training.terminate()  # unless it has ended; it finishes its step and saves
         training.wait()
     if stop.number:  # Optuna does not catch SystemExit: the trial will be retried
         print(f"{path}: stopped; the same command resumes")
         sys.exit(128 + stop.number)
-    if pruned:
-        raise optuna.TrialPruned
     if training.returncode == 0:
         return summary["best"][summary["settings"]["best_metric"]]
     log = (path / "log").read_text(encoding="utf-8", errors="replace")
@@ -223,7 +221,7 @@ def show(study, trials: list, done: list, folder: Path, arguments: list[str]):
 
 
 @exit_on_error
-def main(programs: Path = HERE, poll: float = 1.0, heartbeat: int = 10):
+def main(programs: Path = Path(__file__).parent, poll: float = 1.0, heartbeat: int = 10):
     """For tests: the folder of train.py and infer.py, and two intervals in seconds."""
     arguments = parse_arguments()
     optional_import("optuna", "sweep.py")

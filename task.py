@@ -33,10 +33,11 @@ from tokens import collate, encode
 
 
 class Task:
-    """What the loop trains: examples, a model, a loss and a score. One object per process.
+    """What the loop trains: examples, a model, a loss and scores. Each process has one.
 
-    Subclasses set, besides the arguments, `model`, `lengths` and `n_targets` (tokens and loss
-    terms of each example, (N,)), `hash` (of data and encoder) and `about` (for summary.json).
+    A subclass sets `model`, `lengths` and `n_targets` (tokens and loss terms of each example,
+    (N,)), `hash` (of data and encoder) and `about` (for summary.json), and defines the methods
+    that raise NotImplementedError here.
     """
 
     def __init__(self, settings: TrainingSettings, worker: Worker, log):
@@ -50,8 +51,24 @@ class Task:
         """Validation scores, the same on every rank; {} without validation data."""
         raise NotImplementedError
 
+    def merit(self, scores: dict) -> float:
+        """The score that selects the best model; higher is better."""
+        raise NotImplementedError
+
+    def describe(self, scores: dict) -> str:
+        """The scores as a line."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, scores: dict):
+        """Write the best model, after `evaluate`."""
+        raise NotImplementedError
+
+    def next_commands(self, folders: list[Path]) -> str:
+        """The commands to go on with, for the folders of one or more runs."""
+        raise NotImplementedError
+
     def log_evaluation(self, writer, step: int):
-        """Show TensorBoard what the last evaluation found besides its scores."""
+        """Write what the last evaluation found, besides its scores, to TensorBoard."""
 
     def set_model(self, model: FlatEncoder):
         if self.settings.max_length > model.max_length:
@@ -144,7 +161,6 @@ class RelationTask(Task):
         return score(self.probs, self.gold) if self.valid else {}
 
     def merit(self, scores: dict) -> float:
-        """The score that decides which model is the best; higher is better."""
         return scores[self.settings.best_metric]
 
     def describe(self, scores: dict) -> str:
@@ -173,8 +189,7 @@ class RelationTask(Task):
 
         log_evaluation(writer, step, self.probs, self.gold, self.labels, self.valid_rows)
 
-    @staticmethod
-    def next_commands(folders: list[Path]) -> str:
+    def next_commands(self, folders: list[Path]) -> str:
         checkpoints = " ".join(str(folder / "ckpt.pt") for folder in folders)
         return f"  python infer.py {checkpoints}\n  python ensemble.py out/*.csv"
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common import InputError
-from data import PROMPTS, TYPES, Template
+from data import PROMPTS, TYPES, Rendered, Template
 from rows import Row
 
 # --- rows to token ids ------------------------------------------------------------------------
@@ -30,7 +30,7 @@ class Example(NamedTuple):
     marker_starts: tuple[int, int]  # first tokens of the subject's and the object's opening marker
     label: int  # class number, -1 if unknown
     marker_ends: tuple[int, int]  # last tokens of their closing markers
-    entities: np.ndarray  # (2, L): 1 in the subject, 2 in the object, else 0; 1 + type number or 0
+    entities: np.ndarray  # (2, L): 1 subject, 2 object, else 0; 1 + number of the type or 0
     words: np.ndarray | None = None  # (L,) word number, -1 for special tokens; for pre-training
 
 
@@ -67,12 +67,12 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
             starts, ends = ([max(bisect_right(keep, t) - 1, 0) for t in x] for x in (starts, ends))
             entities = entities[:, keep]
             n_truncated += 1
-        first, n_last = len(start) + len(before[i]) + len(middle), len(after[i]) + len(end)
+        n_before, n_after = len(start) + len(before[i]) + len(middle), len(after[i]) + len(end)
         ids = start + before[i] + middle + ids + after[i] + end
         segments = np.full(len(ids), segment_ids[1], dtype=np.int64)
-        segments[:first] = segment_ids[0]
-        entities = np.pad(entities, ((0, 0), (first, n_last)))
-        starts, ends = ((first + x[0], first + x[1]) for x in (starts, ends))
+        segments[:n_before] = segment_ids[0]
+        entities = np.pad(entities, ((0, 0), (n_before, n_after)))
+        starts, ends = ((n_before + x[0], n_before + x[1]) for x in (starts, ends))
         label = number.get(rows[i].label, -1)
         ids = np.array(ids, dtype=np.int64)
         examples.append(Example(ids, segments, starts, label, ends, entities))
@@ -96,7 +96,7 @@ def _cut_middle(ids: list[int], room: int) -> list[int]:
     return ids if len(ids) <= room else ids[: room - room // 2] + ids[len(ids) - room // 2 :]
 
 
-def _marker_tokens(offsets: list[tuple], r) -> tuple[list[int], list[int]]:
+def _marker_tokens(offsets: list[tuple], r: Rendered) -> tuple[list[int], list[int]]:
     """The first tokens of the opening markers and the last tokens of the closing markers."""
     # The last token at or before the marker's start: a lone "▁" may start at the same offset.
     starts = [max(bisect_right(offsets, (span[0], math.inf)) - 1, 0) for span in r.spans]
@@ -105,7 +105,7 @@ def _marker_tokens(offsets: list[tuple], r) -> tuple[list[int], list[int]]:
 
 
 def _entity_tokens(offsets: list[tuple], spans, row: Row, masked: bool) -> np.ndarray:
-    """Entity and type of each token, (2, L), as in Example; the shorter one wins."""
+    """Entity and type of each token, (2, L), as in Example; of two that overlap, the shorter."""
     entities = np.zeros((2, len(offsets)), dtype=np.int64)
     found = zip((1, 2), (row.subject, row.object), spans)
     for who, entity, (opening, word, word_end, _) in sorted(found, key=lambda x: -len(x[1].word)):
@@ -186,15 +186,18 @@ def collate(examples: list[Example], indices: np.ndarray) -> Batch:
 
 
 def within_tokens(indices: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Split `indices`, longest first, into runs of at most `max_tokens` tokens or one sentence."""
-    runs, room = [], -1
+    """Split `indices`, longest first, into groups of at most `max_tokens` tokens.
+
+    A longer sentence is a group of its own.
+    """
+    groups, room = [], -1
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
         if lengths[index] > room:
-            runs.append([])
+            groups.append([])
             room = max_tokens
-        runs[-1].append(index)
+        groups[-1].append(index)
         room -= lengths[index]
-    return [np.array(run) for run in runs]
+    return [np.array(group) for group in groups]
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -34,8 +34,8 @@ from settings import Settings, TrainingSettings, parse_settings
 from task import RelationTask, Task
 from tokens import epoch_batches, within_tokens
 
-LOG_EVERY = 10  # steps between two log lines
-MAX_SKIPPED = 20  # steps skipped in a row that end a run; fp16 skips a few until scaled
+LOG_EVERY = 10  # steps between two readings of loss and speed
+MAX_SKIPPED = 20  # skipped steps in a row that end a run; fp16 skips a few at its start
 
 # --- the optimiser ----------------------------------------------------------------------------
 
@@ -116,7 +116,10 @@ class TrainStep:
         return loss, self.update()
 
     def gradients(self, indices: np.ndarray, step: int) -> torch.Tensor | None:
-        """Accumulate the gradients; None if any process runs out of memory."""
+        """Accumulate the gradients; returns this process's share of the mean loss, on the device.
+
+        None if any process ran out of memory.
+        """
         if self.wrapped is None:
             self.wrapped = self.worker.wrap(self.task.model)
         self.wrapped.train()
@@ -169,7 +172,7 @@ class TrainStep:
 
 
 class Window:
-    """Loss, skipped steps and speed since the last log line. Tensors stay on the device."""
+    """Loss, skipped steps and speed since the last reading. Tensors stay on the device."""
 
     def __init__(self, worker: Worker):
         self.worker = worker
@@ -225,7 +228,7 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
         log("already finished; --fresh starts over")
     gc.freeze()  # what is loaded stays
     gc.enable()
-    if is_first:  # purge_step: events of a killed run after the step it resumes from
+    if is_first:  # purge_step hides events after the step that the run resumes from
         writer = SummaryWriter(folder, purge_step=progress.step + 1)
         writer.add_text("data", f"{settings.data} {task.about['version']}")
     window, batches = Window(worker), None
@@ -266,7 +269,7 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
                     write_summary(folder, settings, progress, task.about, finished=False)
                 if saving:
                     save_progress(folder, settings, task.hash, progress, parts)
-            if stopping or (evaluating and worker.any(stop.number > 0)):  # evaluation takes minutes
+            if stopping or (evaluating and worker.any(stop.number > 0)):  # it may come meanwhile
                 log(f"stopped after step {progress.step} of {steps}; the same command resumes")
                 worker.barrier()  # torchrun ends all processes once one has ended
                 sys.exit(128 + (stop.number or signal.SIGTERM))
@@ -312,7 +315,7 @@ def finish(folder: Path, task: Task, settings, progress: Progress, writer: Summa
 
 
 def run(settings: TrainingSettings, task_class: type[Task], on_step=lambda step: None):
-    """Train a run, or one for each of --seeds, in this process or one of torchrun's."""
+    """Train one run, or one per seed of --seeds. Under torchrun every process calls this."""
     gc.disable()  # while rows become examples there is no garbage; looking for it takes a second
     transformers.logging.set_verbosity_error()  # it warns of heads in the files that we do not use
     transformers.logging.disable_progress_bar()
@@ -328,7 +331,8 @@ def run(settings: TrainingSettings, task_class: type[Task], on_step=lambda step:
             task = task_class(one, worker, log)
             config = task.model.encoder.config
             one = one.resolve(config.hidden_size, config.num_hidden_layers)
-            log(f"peak learning rate {one.lr}, times {one.layer_decay} per layer below the top")
+            decay = f"times {one.layer_decay} per layer below it"
+            log(f"peak learning rate {one.lr} for the head, {decay}")
             if fresh and number == 0 and is_first:  # not earlier: bad input must not delete a run
                 for other in each:
                     remove_progress(other.folder())
@@ -341,7 +345,7 @@ def run(settings: TrainingSettings, task_class: type[Task], on_step=lambda step:
 
 def runs_by_seed(settings: TrainingSettings) -> list[TrainingSettings]:
     """The settings of each run; with several seeds each gets a folder of its own."""
-    if settings.seeds == 1:
+    if settings.seeds == 1:  # fix the folder: resolving lr would change the name
         return [replace(settings, out=str(settings.folder()))]
     folder = replace(settings, seed=TrainingSettings.seed).folder()
     seeds = range(settings.seed, settings.seed + settings.seeds)

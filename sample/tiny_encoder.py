@@ -8,13 +8,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 
 def make_tokenizer(folder: str, texts: Iterable[str], vocab_size: int):
-    """Learn a WordPiece tokenizer from the texts, always the same one; save it and return it."""
+    """Learn a WordPiece tokenizer from the texts, deterministically; save it and return it."""
     names = ("pad", "unk", "cls", "sep", "mask")
     special = {f"{name}_token": f"[{name.upper()}]" for name in names}
     normalizer, pre_tokenizer = normalizers.NFC(), pre_tokenizers.BertPreTokenizer()
     texts = [normalizer.normalize_str(text) for text in texts]
     # The trainer numbers single characters in another order in each process, and breaks ties
-    # between equally frequent pairs by these numbers. So they are given to it in sorted order.
+    # between equally frequent pairs by these numbers. So the characters are passed in sorted order.
     words = (word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text))
     inner = {f"##{c}" for word in words for c in word[1:]}
     fixed = [*special.values(), *sorted(inner)]

@@ -10,7 +10,7 @@ from checkpoint import (
     MODEL_FORMAT,
     PROGRESS_FORMAT,
     DamagedFile,
-    load_file,
+    load_checkpoint,
     restore,
     save_checkpoint,
 )
@@ -34,7 +34,7 @@ def checkpoint(tmp_path, encoder_folder):
 
 def test_a_checkpoint_restores_model_and_tokenizer(checkpoint):
     path, model, tokenizer = checkpoint
-    content = load_file(path)
+    content = load_checkpoint(path)
     assert content["run"] == "mine"
     restored, restored_tokenizer = restore(content)
     assert not restored.training
@@ -65,11 +65,11 @@ def test_truncated_and_foreign_files_are_rejected_by_name(checkpoint, tmp_path):
         ("absent.pt", "cannot be read: No such file"),
     ):
         with pytest.raises(InputError, match=f"{name}: {problem}") as raised:
-            load_file(tmp_path / name)
+            load_checkpoint(tmp_path / name)
         assert "\n" not in str(raised.value)
         assert isinstance(raised.value, DamagedFile) == problem.startswith("truncated")
     with pytest.raises(InputError, match=f"found format {MODEL_FORMAT!r}"):
-        load_file(checkpoint[0], PROGRESS_FORMAT)
+        load_checkpoint(checkpoint[0], PROGRESS_FORMAT)
 
 
 class Malicious:
@@ -83,12 +83,12 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
     for name in ("bad.pt", "raw.pt"):
         with pytest.raises(InputError, match=name):
-            load_file(name)
+            load_checkpoint(name)
     assert not (tmp_path / "planted").exists()
 
 
 def test_tokenizer_files_of_a_checkpoint_stay_in_their_folder(checkpoint, tmp_path):
-    content = load_file(checkpoint[0])
+    content = load_checkpoint(checkpoint[0])
     for name in (str(tmp_path / "planted"), "../planted"):
         content["tokenizer"] = {name: "{}"}
         with pytest.raises(InputError, match="planted"):

@@ -276,5 +276,6 @@ def test_a_closed_pipe_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_runs_killed_at_random_end_with_the_weights_of_undisturbed_ones(run):
-    """tools/faults.py with two runs, on one process and on two."""
-    assert "damaged files: 0; identical weights: 2" in run("tools/faults.py", "--runs", 2).stdout
+    """tools/faults.py with two runs, on one process and on two; seed 8 kills both in a save."""
+    done = run("tools/faults.py", "--runs", 2, "--seed", 8)
+    assert "damaged files: 0; identical weights: 2" in done.stdout

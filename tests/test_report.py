@@ -145,10 +145,11 @@ def test_data_of_two_files(folder, printed):
     assert re.search(r"^over 40 +\d+ +\d+$", text, re.MULTILINE)
     assert {path.name for path in (folder / "eda").iterdir()} == {"index.html"}
     page_text = (folder / "eda/index.html").read_text()
-    with_figures = ("By label", "Repeated rows", "Shared by both files", "Lengths in tokens")
+    with_figures = ("By label", "By source", "Lengths in tokens")
     assert all(f'<img alt="{title}"' in page_text for title in with_figures)
-    assert "Labels and types of train.csv" in page_text
-    assert n_images(page_text) == 8
+    tables = ("Labels and types of train.csv", "Repeated rows", "Shared by both files")
+    assert all(f"<h2>{title}</h2>" in page_text for title in tables)
+    assert n_images(page_text) == 6
     assert "&lt;u&gt;source" in page_text
     assert "<u>source" not in page_text
     assert not re.search(r"""(src|href)=["']?(http|//|\w+\.)""", page_text)  # no requests

@@ -9,8 +9,9 @@
 The contenders take turns. Each turn is a process of its own: three warm-up steps, then one epoch
 on the same rows, truncated to 180 tokens, with the same batch size.
 
-The table's share relates a contender's operations to the highest rate measured for bf16 matrix
-products. The operations of an epoch are 6 x parameters (without embeddings) x tokens, plus
+The table's share relates a contender's operations to the highest rate measured for matrix products
+in the precision that train.py chooses: bf16, or fp32 on a CPU without bf16 instructions. The
+operations of an epoch are 6 x parameters (without embeddings) x tokens, plus
 12 x layers x width x length² for attention; padding does not count.
 """
 
@@ -81,10 +82,12 @@ def synchronize():
 
 
 def products(arguments) -> dict:
-    """The rate of bf16 matrix products in FLOP/s, the highest of several sizes."""
+    """The rate of matrix products in FLOP/s, in train.py's precision, the best of several sizes."""
     cuda, best = torch.cuda.is_available(), 0.0
+    with process_group("auto") as worker:
+        dtype = worker.amp or torch.float32
     for size in (8192, 4096) if cuda else (3072, 2048, 1536):
-        a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device="cuda" if cuda else "cpu")
+        a, b = torch.randn(2, size, size, dtype=dtype, device="cuda" if cuda else "cpu")
         a @ b
         synchronize()
         start, n = time.perf_counter(), 0
@@ -94,7 +97,7 @@ def products(arguments) -> dict:
                 n += 1
             synchronize()
         best = max(best, n * 2 * size**3 / (time.perf_counter() - start))
-    return {"flops": best}
+    return {"flops": best, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def ours(arguments) -> dict:
@@ -241,7 +244,8 @@ def compare(arguments):
     mean_tokens = results["ours"][0]["tokens"] / n_rows
     product_rate = max(r["flops"] for r in results["products"])
     print(f"\n{n_rows} rows, mean {mean_tokens:.0f} tokens, batch {size}, --head {arguments.head}")
-    print(f"bf16 product {product_rate / 1e9:.0f} GFLOP/s at its best")
+    dtype = results["products"][0]["dtype"]
+    print(f"{dtype} product {product_rate / 1e9:.0f} GFLOP/s at its best")
     print(f"{arguments.rounds} rounds: median (lowest to highest)\n")
     print("|", " | ".join(COLUMNS), "|")
     print("|---" * len(COLUMNS) + "|")

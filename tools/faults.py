@@ -11,6 +11,7 @@ same command is run again. Its final weights must be bit-identical to those of a
 import csv
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from checkpoint import MODEL_FORMAT, PROGRESS_FORMAT, DamagedFile, load_file  # noqa: E402
+from checkpoint import MODEL_FORMAT, PROGRESS_FORMAT, DamagedFile, load_checkpoint  # noqa: E402
 from common import Parser, exit_on_error  # noqa: E402
 from data import Template  # noqa: E402
 from rows import read_rows  # noqa: E402
@@ -44,13 +45,17 @@ def start(folder: Path, encoder: Path, n_processes: int) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
-def kill(training: subprocess.Popen, folder: Path, rng: random.Random) -> bool:
-    """Kill the run and its processes at a random moment; False if it ended before.
+def start_and_kill(folder: Path, encoder: Path, n_processes: int, rng: random.Random) -> bool:
+    """Start the run and kill its processes at a random moment; False if it ended before.
 
-    The moment is at most 2.5 seconds after the first save, and half of the time already when a
-    file is being written.
+    The moment is at most 2.5 seconds after its first save. Half of the time it is already the
+    next moment in which a file is being written.
     """
-    while not (folder / "last.pt").exists() and training.poll() is None:
+    for path in folder.glob(".*.tmp"):  # left by the kill before
+        path.unlink()
+    before = time_of_save(folder)
+    training = start(folder, encoder, n_processes)
+    while time_of_save(folder) == before and training.poll() is None:
         time.sleep(0.01)
     deadline, while_writing = time.monotonic() + rng.uniform(0, 2.5), rng.random() < 0.5
     while training.poll() is None and time.monotonic() < deadline:
@@ -69,6 +74,11 @@ def kill(training: subprocess.Popen, folder: Path, rng: random.Random) -> bool:
     return True
 
 
+def time_of_save(folder: Path) -> float:
+    path = folder / "last.pt"
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
 def is_being_written(folder: Path) -> bool:
     return any(folder.glob(".*.tmp"))
 
@@ -84,7 +94,7 @@ def damaged_files(folder: Path) -> list[str]:
     damaged = []
     for path in folder.glob("*.pt"):
         try:
-            load_file(path, MODEL_FORMAT if path.name == "ckpt.pt" else PROGRESS_FORMAT)
+            load_checkpoint(path, MODEL_FORMAT if path.name == "ckpt.pt" else PROGRESS_FORMAT)
         except DamagedFile:
             damaged.append(path.name)
     for path in folder.glob("*.csv"):
@@ -99,7 +109,7 @@ def final_weights(training: subprocess.Popen, folder: Path) -> dict[str, torch.T
     """Wait for the run to end; return its last weights."""
     if training.wait(timeout=300) != 0:
         raise RuntimeError(f"the run failed: see {folder.with_suffix('.log')}")
-    return load_file(folder / "last.pt", PROGRESS_FORMAT)["weights"]
+    return load_checkpoint(folder / "last.pt", PROGRESS_FORMAT)["weights"]
 
 
 @exit_on_error
@@ -122,7 +132,7 @@ def main():
     for i in range(arguments.runs):
         n_processes, folder, killed = 1 + i % 2, work / f"run-{i}", 0
         for _ in range(rng.randint(1, 3)):
-            if not kill(start(folder, encoder, n_processes), folder, rng):
+            if not start_and_kill(folder, encoder, n_processes, rng):
                 break
             killed += 1
             n_while_writing += is_being_written(folder)
@@ -135,7 +145,9 @@ def main():
         print(f"run {i}: {n_processes} processes, killed {killed} times, {outcome}", flush=True)
     print(f"\n{arguments.runs} runs, {n_kills} kills, {n_while_writing} while a file was written")
     print(f"damaged files: {len(damaged)}; identical weights: {n_identical}")
-    sys.exit(0 if not damaged and n_identical == arguments.runs else 1)
+    if damaged or n_identical < arguments.runs:
+        sys.exit(f"the files and logs are in {work}")
+    shutil.rmtree(work)
 
 
 if __name__ == "__main__":
