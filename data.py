@@ -78,12 +78,13 @@ TOKEN_MARKERS = ("entity_mask", "entity_marker", "typed_entity_marker")
 # (text before the sentence, text after it). Text before it is the first segment, the sentence then
 # the second. {s}, {o}: words of subject and object; {s과}, {o은}: with a particle; {sep}: the
 # tokenizer's separator. There are no other combinations.
+QUIZ = "다음 문장에서 {s과} {o}의 관계를 추출하시오."
 PROMPTS = {
     "none": ("", ""),
     "s_sep_o": ("{s}{sep}{o}", ""),
     "s_and_o": ("{s과} {o}의 관계", ""),
-    "quiz": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", ""),
-    "problem": ("다음 문장에서 {s과} {o}의 관계를 추출하시오.", " {s과} {o은} 어떤 관계입니까?"),
+    "quiz": (QUIZ, ""),
+    "problem": (QUIZ, " {s과} {o은} 어떤 관계입니까?"),
 }
 
 
@@ -157,7 +158,7 @@ class Template(NamedTuple):
 
 
 def particle(word: str, pair: str) -> str:
-    """The particle of `pair` ("과/와", "은/는", "으로/로": after a consonant/vowel) for `word`.
+    """The particle that follows `word`: of "과/와", the first after a consonant, else the second.
 
     Digits and Latin letters follow their Korean reading. A bracket at the end is ignored.
     """
@@ -170,7 +171,7 @@ def particle(word: str, pair: str) -> str:
         final = (ord(last) - ord("가")) % 28
         closed, rieul = final > 0, final == 8
     elif last.isdigit():
-        closed, rieul = last in "013678", last in "178"  # 영 일 삼 육 칠 팔 end in a consonant
+        closed, rieul = last in "013678", last in "178"  # 영 일 삼 육 칠 팔
     elif re.search(r"(?:^|[^a-z])[A-Z]+$", text):
         closed, rieul = last in "LMNR", last in "LR"  # read letter by letter: 엘 엠 엔 알
     else:

@@ -3,7 +3,7 @@
     python infer.py runs/demo/ckpt.pt                          # test_data.csv of its data folder
     python infer.py CKPT --data test.csv --out out/mine.csv    # another file
     python infer.py A/ckpt.pt B/ckpt.pt                        # the mean of their probabilities
-    python infer.py CKPT --sentence "비틀즈의 링고는 …" --subject 비틀즈:ORG --object 링고:PER
+    python infer.py CKPT --sentence "…" --subject 비틀즈:ORG --object "링고 스타:PER"
     torchrun --nproc_per_node=4 infer.py CKPT                  # four GPUs share the file
 
 Writes the competition's format, id,pred_label,probs, in the order of the input. Prints scores if

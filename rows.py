@@ -30,7 +30,7 @@ HUB = re.compile(r"hub:([^@]+)@([^:@]+)(?::([^:@/]+))?")  # name or folder, revi
 
 
 class Entity(NamedTuple):
-    """A span of a sentence: `sentence[start : end + 1] == word`. `type` is PER, ORG, … or None."""
+    """A span of a sentence: `sentence[start : end + 1] == word`. `type` is PER, … or None."""
 
     word: str
     start: int
