@@ -77,7 +77,7 @@ def main():
     if len(submissions) > 1:
         print_agreement(submissions)
     kind = "soft" if arguments.soft else "hard"
-    print(f"{arguments.out}: {kind} vote of {len(submissions)} files, {len(predicted)} rows")
+    print(f"{arguments.out}: {kind} vote, files: {len(submissions)}, rows: {len(predicted)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ resumes. The loop is that of train.py.
 """
 
 import math
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,9 @@ class PretrainingSettings(TrainingSettings):
     valid: str = setting("", "data",
         "file with sentences to hold out; none: hold out none (default: a tenth)")  # fmt: skip
     limit: int = setting(0, "data",
-        "number of sentences, the same for every seed; 0: all", 0, math.inf)  # fmt: skip
+        "number of sentences, those held out included; 0: all", 0, math.inf)  # fmt: skip
     layer_decay: float = setting(1.0, "optimisation",
-        "learning rate of a layer relative to the layer above", 0, 1)  # fmt: skip
+        "learning rate of a layer relative to the layer above", 0.01, 1)  # fmt: skip
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ class MaskedTokenTask(Task):
         self.set_model(MaskedLanguageModel(language_model))
         if head_is_new:
             log("the encoder's files have no masked-language-model head: a new one is trained")
-        self.set_hash([*self.examples, *self.valid])
+        self.set_hash([*self.examples, *self.valid], len(self.valid))
 
     def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
         """The sum of the losses of these examples' masked tokens, chosen anew in each step."""
@@ -220,7 +221,10 @@ class MaskedTokenTask(Task):
                     file.write(path.read_bytes())
 
     def next_commands(self, folders: list[Path]) -> str:
-        return "\n".join(f"  python train.py --model {folder / 'encoder'}" for folder in folders)
+        data = self.settings.data
+        data = "" if data == PretrainingSettings.data else f"--data {shlex.quote(data)} "
+        encoders = [shlex.quote(str(folder / "encoder")) for folder in folders]
+        return "\n".join(f"  python train.py {data}--model {encoder}" for encoder in encoders)
 
 
 @exit_on_error

@@ -58,7 +58,7 @@ def report_data(arguments: argparse.Namespace):
     for name, rows in labelled.items():
         table = analysis.cross_table(rows)
         sections.append(Section(f"Labels and types of {name}", "Number of rows.", table))
-    note = "Rows with the same sentence, entities or label as an earlier row of the file.\n"
+    note = "Rows that repeat all of the named fields of an earlier row of the file.\n"
     note += "Entities are the same if their words, offsets and types are."
     sections.append(Section("Repeated rows", note, analysis.repeat_table(files)))
     if len(files) == 2:

@@ -58,7 +58,7 @@ class TrainingSettings:
         "peak learning rate", 1e-12, math.inf,
         auto="4e-5 for hidden size 1024, higher for smaller ones")
     layer_decay: float | None = setting(None, "optimisation",
-        "learning rate of a layer relative to the layer above", 0, 1, auto="0.85 for 12 layers")
+        "learning rate of a layer relative to the layer above", 0.01, 1, auto="0.85 for 12 layers")
     warmup_ratio: float = setting(0.06, "optimisation",
         "share of the steps with linear warmup; linear decay to 0 follows", 0, 1)
     beta2: float = setting(0.98, "optimisation", "AdamW beta2", 0, 0.999999)
@@ -171,7 +171,8 @@ class Settings(TrainingSettings):
     focal_alpha: str = setting("", "optimisation",
         "JSON file {label: alpha} for the focal loss; other labels have 1")
     best_metric: str = setting("micro_f1", "run", "score that selects ckpt.pt", "micro_f1", "auprc")
-    demo: bool = setting(False, "run", "train a tiny encoder from scratch on sample/", named=False)
+    demo: bool = setting(False, "run",
+        "train a tiny encoder from scratch on sample/, with settings of its own", named=False)
     # fmt: on
 
     @property
@@ -212,7 +213,8 @@ def option(name: str) -> str:
 
 def parse_settings(kind: type, program: str, description: str, arguments=None):
     """The `kind` of TrainingSettings that the command line asks for (default: sys.argv)."""
-    parser = Parser(prog=program, description=description, argument_default=argparse.SUPPRESS)
+    how = {"usage": f"{program} [options]", "argument_default": argparse.SUPPRESS}
+    parser = Parser(prog=program, description=description, **how)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for f in fields(kind):
         number = {int: int, float: float, float | None: float}.get(f.type)

@@ -209,7 +209,7 @@ def show(study, trials: list, done: list, folder: Path, arguments: list[str]):
         table.append(line | {name: str(trial.params.get(name, "")) for name in best.params})
     print(f"\n{text_table(table)}")
     varied = [n for n, value in best.params.items() if any(t.params[n] != value for t in done)]
-    if varied:
+    if varied and len({t.value for t in done}) > 1:
         fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)  # works with few trials
         shares = optuna.importance.get_param_importances(study, evaluator=fanova, params=varied)
         print("\nimportance of each setting")

@@ -132,7 +132,8 @@ class RelationTask(Task):
         self.set_model(RelationModel(encoder, len(self.labels), **settings.model_options()))
         self.alpha = read_focal_alpha(settings.focal_alpha, self.labels, worker.device)
         alpha = None if self.alpha is None else self.alpha.tolist()
-        self.set_hash([*self.examples, *self.valid, *self.scaling], self.labels, alpha)
+        parts = len(self.examples), len(self.valid)
+        self.set_hash([*self.examples, *self.valid, *self.scaling], parts, self.labels, alpha)
 
     def _make_demo_encoder(self, rows):
         if self.worker.rank == 0:

@@ -1,4 +1,4 @@
-"""Train a relation classifier: a pretrained encoder and a head, in the loop written out below.
+"""Train a relation classifier, a pretrained encoder and a head, in a hand-written loop.
 
     python train.py --demo                                     # tiny encoder, no network, no GPU
     python train.py                                            # klue/roberta-large, data/, one GPU
@@ -328,6 +328,7 @@ def run(settings: TrainingSettings, task_class: type[Task], on_step=lambda step:
         fresh = settings.fresh and not worker.any(restart_count() > 0)  # torchrun's restart resumes
         each, results = runs_by_seed(settings), []
         for number, one in enumerate(each):
+            task = None  # free the model of the seed before
             task = task_class(one, worker, log)
             config = task.model.encoder.config
             one = one.resolve(config.hidden_size, config.num_hidden_layers)
