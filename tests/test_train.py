@@ -160,7 +160,7 @@ with process_group("auto") as worker:
 @pytest.mark.slow
 @pytest.mark.parametrize(("with_bf16", "expected"), [("0 1", "torch.bfloat16"), ("0", "None")])
 def test_processes_choose_the_same_precision(run, tmp_path, monkeypatch, with_bf16, expected):
-    """bf16 on all of them, or on none, although rank 0 supports it."""
+    """bf16 only if every process supports it; rank 0 always does here."""
     monkeypatch.setenv("WITH_BF16", with_bf16)
     program = tmp_path / "print_precision.py"
     program.write_text(PRINT_PRECISION)
