@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from common import InputError, atomic_write, exit_on_error
 from distributed import Worker
-from model import FlatEncoder, from_pretrained, load_tokenizer
+from encoder import FlatEncoder, from_pretrained, load_tokenizer
 from rows import data_file, read_rows, rows_to_predict, version
 from settings import TrainingSettings, parse_settings, setting
 from splits import DATA_SEED, subsample

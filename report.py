@@ -75,7 +75,7 @@ def report_data(arguments: argparse.Namespace):
 
 def token_lengths(files, template: Template, model: str) -> dict[str, np.ndarray]:
     """{file: number of tokens of each row (N,), without truncation}."""
-    from model import add_markers, load_tokenizer  # torch takes seconds to import
+    from encoder import add_markers, load_tokenizer  # torch takes seconds to import
     from tokens import encode
 
     tokenizer, lengths = load_tokenizer(model), {}

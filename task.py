@@ -15,16 +15,9 @@ from checkpoint import save_checkpoint
 from common import InputError, read_json
 from data import Template
 from distributed import Worker
+from encoder import FlatEncoder, add_markers, load_encoder, load_tokenizer
 from metrics import describe, negative_factor, scale_negative, score, write_predictions
-from model import (
-    FlatEncoder,
-    RelationModel,
-    add_markers,
-    load_encoder,
-    load_tokenizer,
-    predict,
-    relation_loss,
-)
+from model import RelationModel, predict, relation_loss
 from rows import data_file
 from sample.tiny_encoder import make_tiny_encoder
 from settings import Settings, TrainingSettings

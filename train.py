@@ -29,7 +29,7 @@ from tqdm import tqdm
 from checkpoint import Progress, load_progress, remove_progress, save_progress, write_summary
 from common import InputError, exit_on_error
 from distributed import StopSignal, Worker, process_group, restart_count
-from model import FlatEncoder
+from encoder import FlatEncoder
 from settings import Settings, TrainingSettings, parse_settings
 from task import RelationTask, Task
 from tokens import epoch_batches, within_tokens

@@ -15,7 +15,8 @@ from checkpoint import (
     save_checkpoint,
 )
 from common import InputError
-from model import RelationModel, load_encoder, load_tokenizer, predict
+from encoder import load_encoder, load_tokenizer
+from model import RelationModel, predict
 from tests.helpers import CPU, examples_of
 
 

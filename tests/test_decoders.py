@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import infer
 import train
 from data import KLUE_LABELS, Template
-from model import RelationModel, load_encoder, load_tokenizer
+from encoder import load_encoder, load_tokenizer
+from model import RelationModel
 from tests.helpers import SAMPLE
 from tokens import collate, encode
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from common import InputError
 from data import KLUE_LABELS, MARKERS, PROMPTS, Template, particle
+from encoder import load_tokenizer
 from metrics import read_predictions
-from model import load_tokenizer
 from rows import COLUMNS, Entity, Row, read_rows
 from tokens import encode
 

@@ -10,7 +10,8 @@ from sklearn.metrics import log_loss
 
 from attention import Dropout
 from common import InputError
-from model import RelationModel, load_encoder, load_tokenizer, predict, relation_loss
+from encoder import load_encoder, load_tokenizer
+from model import RelationModel, predict, relation_loss
 from tests.helpers import CPU, DECODERS, FAMILIES, SMALL, encoder_of, examples_of
 from tokens import collate
 

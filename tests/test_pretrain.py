@@ -11,7 +11,7 @@ import transformers
 import pretrain
 import train
 from common import InputError
-from model import load_encoder, load_tokenizer
+from encoder import load_encoder, load_tokenizer
 from pretrain import (
     MaskedLanguageModel,
     PretrainingSettings,

@@ -14,7 +14,7 @@ import pytest
 
 from analysis import count_table, repeat_table, shared_table
 from data import KLUE_LABELS, Template, find_labels, with_known_labels
-from model import load_tokenizer
+from encoder import load_tokenizer
 from rows import read_rows
 from splits import clean, split
 from tests.helpers import repeats_counted_from_the_file

@@ -22,8 +22,8 @@ import page
 import report
 from analysis import SCORES, mcnemar
 from data import KLUE_LABELS, PROMPTS, Template
+from encoder import add_markers, load_tokenizer
 from metrics import score, write_predictions
-from model import add_markers, load_tokenizer
 from rows import Entity, Row, read_rows
 from tests.helpers import SAMPLE, write_rows
 

@@ -3,7 +3,7 @@
 import pytest
 
 from data import KLUE_LABELS, MARKERS, PROMPTS, Template
-from model import load_tokenizer
+from encoder import load_tokenizer
 from tests.helpers import row
 from tokens import encode
 
