@@ -1,4 +1,4 @@
-"""Attention over flat batches, and what makes training on a CPU faster.
+"""Attention over flat batches, and faster dropout, norms and RNNs.
 
 flat_attention is registered with transformers as "flat". An encoder built on transformers'
 attention interface then needs no other change:
@@ -7,6 +7,7 @@ attention interface then needs no other change:
     encoder(ids[None], position_ids=positions[None], flat=batch)     # batch: tokens.Batch
 """
 
+from functools import cache
 from itertools import groupby
 
 import numpy as np
@@ -34,19 +35,23 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
     if query.shape[1] > key.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if _has_kernel(query):
+    if has_kernel(query.device, query.dtype, query.shape[-1]):
         out = _attention_on_gpu(query, key, value, flat, scaling, sliding_window, causal)
     else:
         out = _attention_by_length(query, key, value, flat, scaling, sliding_window, causal)
     return out[None], None
 
 
-def _has_kernel(query: torch.Tensor) -> bool:
-    """Whether torch's varlen_attn takes this query: Ampere or newer, fp16 or bf16."""
-    width = query.shape[-1]
-    if not query.is_cuda or query.dtype == torch.float32 or width % 8 or width > 256:
+def has_kernel(device: torch.device, dtype: torch.dtype | None, head_dim: int) -> bool:
+    """Whether torch's varlen_attn takes such a query: Ampere or newer, fp16 or bf16."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return head_dim % 8 == 0 and head_dim <= 256 and compute_capability(device) >= (8, 0)
+
+
+@cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _attention_on_gpu(query, key, value, flat, scaling, sliding_window, causal) -> torch.Tensor:
@@ -54,8 +59,9 @@ def _attention_on_gpu(query, key, value, flat, scaling, sliding_window, causal) 
 
     reach = -1 if sliding_window is None else sliding_window - 1  # -1: unlimited
     window = (reach, 0 if causal else reach)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, head_dim)
-    offsets, longest = flat.offsets, flat.lengths[0]
+    # squeeze(0) is a view in the backward pass too; [0] would fill and copy a gradient
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, head_dim)
+    offsets, longest = flat.offsets, flat.longest
     return varlen_attn(
         q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window
     )
@@ -67,7 +73,7 @@ def _attention_by_length(query, key, value, flat, scaling, sliding_window, causa
     scale = scaling or query.shape[-1] ** -0.5
     # Split once: a slice per group would make the backward pass fill a gradient of T tokens each.
     sizes = [length * count for length, count in groups]
-    split = [x[0].split(sizes, 1) for x in (query * scale, key, value)]
+    split = [x.squeeze(0).split(sizes, 1) for x in (query * scale, key, value)]
     pieces = []
     for (length, _), *qkv in zip(groups, *split):
         q, k, v = (x.unflatten(1, (-1, length)) for x in qkv)  # (heads, sentences, length, dim)
@@ -86,7 +92,7 @@ def _attention_by_length(query, key, value, flat, scaling, sliding_window, causa
 AttentionInterface.register("flat", flat_attention)  # no mask function: transformers builds no mask
 
 
-# --- CPU fast paths ---------------------------------------------------------------------------
+# --- fast paths -------------------------------------------------------------------------------
 
 
 class Softmax(torch.autograd.Function):
@@ -130,15 +136,31 @@ class Dropout(nn.Dropout):
         return x * (kept.to(x.dtype) / (1 - self.p))
 
 
-def half_on_cpu(module, inputs, output: torch.Tensor) -> torch.Tensor:
-    """Forward hook of the embeddings: keep the residual stream in half precision on CPUs.
+def half_residual(module, inputs, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of the embeddings: keep the residual stream in half precision.
 
-    On CPUs the fp32 additions, norms and casts take a tenth of a step. CUDA's autocast runs norms
-    in fp32 in any case.
+    fp32 additions, norms and casts take a tenth of a step on CPUs, and more on GPUs. The residual
+    stream of fp16 on GPUs stays fp32: its range is too small for some encoders.
     """
-    if output.is_cuda or not torch.is_autocast_enabled("cpu"):
+    device = output.device.type
+    if not torch.is_autocast_enabled(device):
         return output
-    return output.to(torch.get_autocast_dtype("cpu"))
+    dtype = torch.get_autocast_dtype(device)
+    return output if device == "cuda" and dtype == torch.float16 else output.to(dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that keeps a bf16 residual stream on GPUs, where autocast would return fp32.
+
+    Statistics are fp32 in either case. CPUs' layer norm takes bf16 as it is.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_cuda or x.dtype != torch.bfloat16 or not torch.is_autocast_enabled("cuda"):
+            return super().forward(x)
+        weight, bias = (w if w is None else w.to(x.dtype) for w in (self.weight, self.bias))
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def last_rnn_states_on_cpu(rnn: nn.RNNBase, states: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -149,8 +171,8 @@ def last_rnn_states_on_cpu(rnn: nn.RNNBase, states: torch.Tensor, batch: Batch) 
     the reversed sentences; that needs the private list of the RNN's weights. bf16 is used for
     prediction only: gradients summed over a sentence would lose precision.
     """
-    lengths = torch.tensor(batch.lengths)
-    first = batch.offsets[:-1].long()
+    n = len(batch.indices)
+    lengths, first = torch.tensor(batch.lengths[:n]), batch.offsets[:n].long()
     position = torch.minimum(torch.arange(batch.lengths[0])[:, None], lengths - 1)  # (longest, B)
     in_bf16 = (
         torch.is_autocast_enabled("cpu")

@@ -70,6 +70,11 @@ class Worker:
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast(self, tensor: torch.Tensor):
+        """Copy the tensor of rank 0 to all ranks, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+
     def any(self, condition: bool) -> bool:
         """Whether `condition` is true on any process. Uses gloo: no wait for the GPU."""
         if self.world_size == 1:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 
-from attention import Dropout, half_on_cpu
+from attention import Dropout, LayerNorm, half_residual
 from common import InputError, first_line
 from data import Template
 from rows import Row
@@ -89,6 +89,8 @@ class FlatEncoder(nn.Module):
             for name, child in module.named_children():
                 if type(child) is nn.Dropout:
                     setattr(module, name, Dropout(child.p))
+                if type(child) is nn.LayerNorm:
+                    child.__class__ = LayerNorm
         self.encoder = encoder
         self.is_causal = any(getattr(module, "is_causal", False) for module in encoder.modules())
         if self.is_causal:
@@ -99,7 +101,7 @@ class FlatEncoder(nn.Module):
         self.has_segments = (getattr(encoder.config, "type_vocab_size", 0) or 0) > 1
         embeddings = getattr(encoder, "embeddings", None)
         if embeddings is not None:
-            embeddings.register_forward_hook(half_on_cpu)
+            embeddings.register_forward_hook(half_residual)
         # RoBERTa's family counts positions from padding_idx + 1
         from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
         self.first_position = embeddings.padding_idx + 1 if from_padding else 0
@@ -141,6 +143,12 @@ class FlatEncoder(nn.Module):
         select = output.register_forward_pre_hook(lambda _, x: tuple(s[:, tokens] for s in x))
         with select:
             return self.encode(batch)
+
+    def layers(self) -> nn.ModuleList:
+        """The encoder's layers, from the bottom to the top."""
+        n = self.encoder.config.num_hidden_layers
+        lists = [m for m in self.encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+        return lists[0]
 
     def _inputs(self, ids: torch.Tensor, entities) -> dict:
         """The encoder's input: ids (B, L), or embeddings (B, L, width) if entities have some."""

@@ -63,33 +63,48 @@ class RelationModel(FlatEncoder):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self.classifier(self.dropout(self.activation(self.norm(self.pool(batch)))))
+        return self.classify(self.pool(batch))
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.dropout(self.activation(self.norm(features))))
 
     def pool(self, batch: Batch) -> torch.Tensor:
         """The features that the head reads, (B, width)."""
-        token, markers = batch.offsets[:-1].long(), batch.marker_starts
+        n = len(batch.labels)
+        token, markers = batch.offsets[:n].long(), batch.marker_starts
         if self.is_causal:
-            token, markers = batch.offsets[1:].long() - 1, batch.marker_ends
+            token, markers = batch.offsets[1 : n + 1].long() - 1, batch.marker_ends
         if self.head == "cls":
             return self.encode_only(batch, token)
         if self.head == "entity":
             tokens = torch.cat([token[:, None], markers], 1)  # (B, 3)
             return self.encode_only(batch, tokens.flatten()).view(len(tokens), -1)
-        states = self.encode(batch)
+        return self.last_rnn_states(self.encode(batch), batch)
+
+    def last_rnn_states(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Final forward and backward state of the RNN over states (T, hidden), (B, 2 * hidden).
+
+        Missing sentences of a padded batch get zeros.
+        """
+        n = len(batch.indices)
         if not states.is_cuda:
-            return last_rnn_states_on_cpu(self.rnn, states, batch)
-        order = batch.positions.argsort(stable=True)  # PackedSequence: by position, then sentence
-        longer = torch.tensor(batch.lengths) > torch.arange(batch.lengths[0])[:, None]
-        sizes = longer.sum(1)  # PackedSequence needs it on the CPU
-        with torch.autocast("cuda", enabled=False):  # autocast would use fp16, also with bf16
-            _, last = self.rnn(PackedSequence(states[order].float(), sizes))
-        last = last if self.head == "bigru" else last[0]  # (2, B, hidden)
-        return torch.cat([last[0], last[1]], 1)
+            last = last_rnn_states_on_cpu(self.rnn, states, batch)
+        else:
+            lengths = torch.tensor(batch.lengths[:n])
+            # PackedSequence: by position, then sentence
+            order = batch.positions[: lengths.sum()].argsort(stable=True)
+            sizes = (lengths > torch.arange(lengths[0])[:, None]).sum(1)  # must be on the CPU
+            with torch.autocast("cuda", enabled=False):  # autocast would use fp16, also with bf16
+                _, last = self.rnn(PackedSequence(states[order].float(), sizes))
+            last = last if self.head == "bigru" else last[0]  # (2, B, hidden)
+            last = torch.cat([last[0], last[1]], 1)
+        return F.pad(last, (0, 0, 0, len(batch.labels) - n))
 
 
 def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_alpha=None):
     """The loss of each sentence, (B,), for logits (B, n_labels) and labels (B,).
 
+    It is 0 for the label IGNORED of tokens.py.
     Cross entropy; with focal_gamma the focal loss on the softmax,
     FL(p_t) = -alpha_t (1 - p_t)^gamma log p_t (Lin et al. 2017). focal_alpha (n_labels,) weights
     the labels in both.
@@ -99,7 +114,7 @@ def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_al
     loss = F.cross_entropy(logits, labels, focal_alpha, **smoothing)
     if not focal_gamma:
         return loss
-    p_t = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    p_t = logits.softmax(1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
     return loss * (1 - p_t) ** focal_gamma
 
 

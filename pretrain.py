@@ -12,11 +12,12 @@ resumes. The loop is that of train.py.
 import math
 import shlex
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
@@ -28,8 +29,10 @@ from rows import data_file, read_rows, rows_to_predict, version
 from settings import TrainingSettings, parse_settings, setting
 from splits import DATA_SEED, subsample
 from task import Task
-from tokens import Batch, Example, collate, to_device, within_tokens
+from tokens import IGNORED, Batch, Example, collate, within_tokens
 from train import run
+
+MASKED = 0.15  # share of the tokens that are masked
 
 
 @dataclass
@@ -88,11 +91,23 @@ def encode_sentences(sentences: list[str], tokenizer, max_length: int):
 
 def n_masked(example: Example) -> int:
     """How many tokens of a sentence are masked: 15 %, at least one."""
-    return max(1, round(0.15 * (example.words >= 0).sum()))
+    return max(1, round(MASKED * (example.words >= 0).sum()))
 
 
-def collate_masked(examples: list[Example], indices, key: list[int], tokenizer):
-    """(flat batch with masked tokens, flat indices of those (M,), their true ids (M,)).
+@dataclass
+class MaskedBatch(Batch):
+    tokens: torch.Tensor  # (M,) flat indices of the masked tokens
+    true_ids: torch.Tensor  # (M,) their ids before masking
+
+    def pad(self, n_tokens: int, n_sentences: int, longest: int) -> "MaskedBatch":
+        padded = super().pad(n_tokens, n_sentences, longest)
+        missing = math.ceil(MASKED * n_tokens) + n_sentences - len(self.tokens)
+        true_ids = F.pad(self.true_ids, (0, missing), value=IGNORED)
+        return replace(padded, tokens=F.pad(self.tokens, (0, missing)), true_ids=true_ids)
+
+
+def collate_masked(examples: list[Example], indices, key: list[int], tokenizer) -> MaskedBatch:
+    """The flat batch of these examples with masked tokens.
 
     Of the chosen tokens 80 % become the mask token, 10 % a random token, and 10 % stay as they are
     (Devlin et al. 2019). Whole words are chosen; the last one may be masked in part. The masking
@@ -113,7 +128,8 @@ def collate_masked(examples: list[Example], indices, key: list[int], tokenizer):
     starts = batch.offsets.tolist()
     flat = np.concatenate([start + positions[i] for start, i in zip(starts, batch.indices)])
     true = np.concatenate([examples[i].ids[positions[i]] for i in batch.indices])
-    return batch, torch.from_numpy(flat), torch.from_numpy(true)
+    parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return MaskedBatch(**parts, tokens=torch.from_numpy(flat), true_ids=torch.from_numpy(true))
 
 
 # --- model ------------------------------------------------------------------------------------
@@ -122,7 +138,7 @@ def collate_masked(examples: list[Example], indices, key: list[int], tokenizer):
 class MaskedLanguageModel(FlatEncoder):
     """Encoder and language-model head of any architecture in transformers.
 
-    Maps a Batch and the flat indices of masked tokens (M,) to logits (M, vocabulary).
+    Maps a MaskedBatch to the logits of its masked tokens, (M, vocabulary).
     """
 
     def __init__(self, language_model: nn.Module):
@@ -130,8 +146,8 @@ class MaskedLanguageModel(FlatEncoder):
         self.head = language_model
         setattr(language_model, language_model.base_model_prefix, _GivenStates())
 
-    def forward(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(inputs_embeds=self.encode_only(batch, tokens)[None]).logits[0]
+    def forward(self, batch: MaskedBatch) -> torch.Tensor:
+        return self.head(inputs_embeds=self.encode_only(batch, batch.tokens)[None]).logits[0]
 
 
 class _GivenStates(nn.Module):
@@ -178,16 +194,14 @@ class MaskedTokenTask(Task):
             log("the encoder's files have no masked-language-model head: a new one is trained")
         self.set_hash([*self.examples, *self.valid], len(self.valid))
 
-    def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
-        """The sum of the losses of these examples' masked tokens, chosen anew in each step."""
-        return self._loss(model, self.examples, indices, [self.settings.seed, step])
+    def batch(self, indices: np.ndarray, step: int) -> MaskedBatch:
+        """These examples with other masked tokens in each step."""
+        return collate_masked(self.examples, indices, [self.settings.seed, step], self.tokenizer)
 
-    def _loss(self, model, examples, indices, key: list[int]) -> torch.Tensor:
-        batch, *masked = collate_masked(examples, indices, key, self.tokenizer)
-        tokens, true = (to_device(x, self.worker.device) for x in masked)
+    def loss(self, model, batch: MaskedBatch) -> torch.Tensor:
         with self.worker.autocast():
-            logits = model(batch.to(self.worker.device), tokens)
-        return nn.functional.cross_entropy(logits.float(), true, reduction="sum")
+            logits = model(batch)
+        return F.cross_entropy(logits.float(), batch.true_ids, reduction="sum")
 
     @torch.inference_mode()
     def evaluate(self, max_tokens: int) -> dict:
@@ -199,7 +213,8 @@ class MaskedTokenTask(Task):
         batches = within_tokens(np.arange(len(lengths)), lengths, max_tokens)
         total = torch.zeros((), dtype=torch.float64, device=worker.device)
         for indices in batches[worker.rank :: worker.world_size]:
-            total += self._loss(self.model, self.valid, indices, [DATA_SEED])
+            batch = collate_masked(self.valid, indices, [DATA_SEED], self.tokenizer)
+            total += self.loss(self.model, batch.to(worker.device))
         loss = worker.sum(total).item() / sum(map(n_masked, self.valid))
         if not math.isfinite(loss):
             raise InputError(f"the validation loss is {loss}; try --amp off")

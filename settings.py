@@ -88,6 +88,8 @@ class TrainingSettings:
         "fail unless there is a last.pt (every run resumes from it, also without this option)",
         named=False)
     fresh: bool = setting(False, "run", "start over, even if there is a last.pt", named=False)
+    cuda_graphs: bool = setting(True, "run",
+        "record training steps as CUDA graphs: several times faster", named=False)
     deterministic: bool = setting(False, "run",
         "bit-identical results on a GPU too; slower", named=False)
     # fmt: on

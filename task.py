@@ -1,7 +1,7 @@
 """What the loop of train.py trains: examples, a model, a loss and scores.
 
 task = RelationTask(settings, worker, print)     # reads the rows, loads encoder and tokenizer
-loss = task.loss(task.model, indices, step=0)
+loss = task.loss(task.model, task.batch(indices, step=0))
 scores = task.evaluate(max_tokens=4096)          # {"micro_f1": ..., "auprc": ..., ...}
 """
 
@@ -22,7 +22,7 @@ from rows import data_file
 from sample.tiny_encoder import make_tiny_encoder
 from settings import Settings, TrainingSettings
 from splits import choose_rows, subsample
-from tokens import collate, encode
+from tokens import Batch, collate, encode
 
 
 class Task:
@@ -33,11 +33,17 @@ class Task:
     that raise NotImplementedError here.
     """
 
+    recorder = None  # records graphs in place of CUDA, for tests
+
     def __init__(self, settings: TrainingSettings, worker: Worker, log):
         self.settings, self.worker, self.log = settings, worker, log
 
-    def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
-        """The sum of the losses of these examples."""
+    def batch(self, indices: np.ndarray, step: int) -> Batch:
+        """The flat batch of these examples, on the CPU."""
+        raise NotImplementedError
+
+    def loss(self, model, batch: Batch) -> torch.Tensor:
+        """The sum of the losses of a batch. CUDA graphs record it: it must not wait for the GPU."""
         raise NotImplementedError
 
     def evaluate(self, max_tokens: int) -> dict:
@@ -134,8 +140,10 @@ class RelationTask(Task):
             make_tiny_encoder(self.settings.model, texts, self.settings.seed)
         self.worker.barrier()
 
-    def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
-        batch = collate(self.examples, indices).to(self.worker.device)
+    def batch(self, indices: np.ndarray, step: int) -> Batch:
+        return collate(self.examples, indices)
+
+    def loss(self, model, batch: Batch) -> torch.Tensor:
         with self.worker.autocast():
             logits = model(batch)
         smoothing, gamma = self.settings.label_smoothing, self.settings.focal_gamma

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import InputError
 from data import PROMPTS, TYPES, Rendered, Template
@@ -139,9 +140,15 @@ def _tokens_to_keep(offsets: np.ndarray, spans, room: int, where: str) -> list[i
 # --- flat batches -----------------------------------------------------------------------------
 
 
+IGNORED = -100  # the label of a missing sentence, which no loss counts
+
+
 @dataclass
 class Batch:
-    """B sentences with T tokens in all, longest first: equal lengths are neighbours."""
+    """B sentences with T tokens in all, longest first: equal lengths are neighbours.
+
+    A padded batch has padding sentences after the B, which only the encoder sees.
+    """
 
     ids: torch.Tensor  # (T,) token ids
     segments: torch.Tensor  # (T,) token_type_ids
@@ -151,12 +158,64 @@ class Batch:
     marker_starts: torch.Tensor  # (B, 2) indices into ids
     marker_ends: torch.Tensor  # (B, 2) indices into ids
     labels: torch.Tensor  # (B,) class numbers, -1 if unknown
-    lengths: list[int]  # (B,) tokens per sentence, descending
+    lengths: list[int]  # tokens per sentence that has some, descending before the padding
+    longest: int  # at least the largest of `lengths`
     indices: np.ndarray  # (B,) which example each sentence is
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
     def to(self, device: torch.device) -> "Batch":
-        names = [f.name for f in fields(self) if f.type is torch.Tensor]
-        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
+        return replace(self, **{k: to_device(v, device) for k, v in self.tensors().items()})
+
+    def copy_to(self, other: "Batch"):
+        """Copy the tensors into those of a batch with the same shapes."""
+        for name, tensor in self.tensors().items():
+            target = getattr(other, name)
+            target.copy_(tensor.pin_memory() if target.is_cuda else tensor, non_blocking=True)
+
+    def pad(self, n_tokens: int, n_sentences: int, longest: int) -> "Batch":
+        """The batch with T = n_tokens and B = n_sentences: a CUDA graph needs constant shapes.
+
+        Missing sentences have no tokens, and the label IGNORED. The missing tokens, at least one,
+        form padding sentences of at most PAD_LENGTH tokens, as many as a padded size may need.
+        """
+        n, size = len(self.labels), len(self.ids)
+        missing, n_padding = n_tokens - size, padding_step(n_tokens - 1) // PAD_LENGTH
+        assert 0 < missing <= n_padding * PAD_LENGTH, (size, n_tokens)
+        ends = [min(size + PAD_LENGTH * (i + 1), n_tokens) for i in range(n_padding)]
+        ends = torch.tensor([size] * (n_sentences - n) + ends, dtype=torch.int32)
+        lengths = torch.diff(ends, prepend=torch.tensor([size])).tolist()
+        tokens = {name: F.pad(getattr(self, name), (0, missing)) for name in TOKEN_FIELDS}
+        sentences = (0, 0, 0, n_sentences - n)
+        return replace(
+            self,
+            **tokens,
+            offsets=torch.cat([self.offsets, ends]),
+            marker_starts=F.pad(self.marker_starts, sentences),
+            marker_ends=F.pad(self.marker_ends, sentences),
+            labels=F.pad(self.labels, sentences[2:], value=IGNORED),
+            lengths=self.lengths + [length for length in lengths if length],
+            longest=longest,
+        )
+
+
+TOKEN_FIELDS = ("ids", "segments", "entities", "positions")
+PAD_LENGTH = 128  # tokens of a padding sentence; attention works in blocks of this size
+
+
+def padding_step(n_tokens: int) -> int:
+    return max(PAD_LENGTH, 2 ** (n_tokens.bit_length() - 4))
+
+
+def padded_size(n_tokens: int) -> int:
+    """The size that a batch is padded to: at least one token more, eight sizes per octave.
+
+    So few sizes need few graphs, and padding is about 4 % of the tokens.
+    """
+    step = padding_step(n_tokens)
+    return n_tokens // step * step + step
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -181,6 +240,7 @@ def collate(examples: list[Example], indices: np.ndarray) -> Batch:
         marker_ends=torch.from_numpy(np.array([e.marker_ends for e in chosen]) + first),
         labels=torch.tensor([e.label for e in chosen]),
         lengths=lengths.tolist(),
+        longest=int(lengths[0]),
         indices=indices,
     )
 

@@ -13,7 +13,6 @@ from last.pt.
 import gc
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -29,146 +28,14 @@ from tqdm import tqdm
 from checkpoint import Progress, load_progress, remove_progress, save_progress, write_summary
 from common import InputError, exit_on_error
 from distributed import StopSignal, Worker, process_group, restart_count
-from encoder import FlatEncoder
+from graphs import make_step
 from settings import Settings, TrainingSettings, parse_settings
+from step import learning_rate
 from task import RelationTask, Task
-from tokens import epoch_batches, within_tokens
+from tokens import epoch_batches
 
 LOG_EVERY = 10  # steps between two readings of loss and speed
 MAX_SKIPPED = 20  # skipped steps in a row that end a run; fp16 skips a few at its start
-
-# --- the optimiser ----------------------------------------------------------------------------
-
-
-def make_optimizer(model: FlatEncoder, settings: TrainingSettings) -> torch.optim.AdamW:
-    """Fused AdamW. A group's learning rate is `scale` times that of the step.
-
-    Weight decay applies to matrices only: vectors are biases and the scales of norms.
-    """
-    groups, n_layers = {}, model.encoder.config.num_hidden_layers
-    for name, parameter in model.named_parameters():
-        scale = settings.layer_decay ** layers_above(name, n_layers)
-        weight_decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-        group = {"params": [], "scale": scale, "weight_decay": weight_decay}
-        groups.setdefault((scale, weight_decay), group)["params"].append(parameter)
-    betas = (0.9, settings.beta2)
-    return torch.optim.AdamW(list(groups.values()), lr=settings.lr, betas=betas, fused=True)
-
-
-def layers_above(name: str, n_layers: int) -> int:
-    """How many layers are above a parameter, by its name; the head counts as one layer.
-
-    New parameters, such as entity embeddings, are treated like the head.
-    """
-    if not name.startswith("encoder."):
-        return 0
-    if re.match(r"encoder\.(norm|final_norm|ln_f)\.", name):  # after the last layer
-        return 1
-    found = re.search(r"\.(\d+)\.", name)
-    return n_layers - int(found[1]) if found else n_layers + 1
-
-
-def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
-    """Linear warmup from 0 to --lr, then linear decay to 0."""
-    warmup = math.ceil(settings.warmup_ratio * steps)
-    return settings.lr * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
-
-
-# --- one step ---------------------------------------------------------------------------------
-
-
-def micro_batches(indices, lengths, worker: Worker, max_tokens: int, n_targets: int):
-    """(this process's micro-batches of a batch, the weight of their summed losses).
-
-    The loss of a batch is the mean over its `n_targets` loss terms, whatever the number of
-    processes and micro-batches. DistributedDataParallel averages over processes, hence world_size.
-    """
-    mine = indices[worker.rank :: worker.world_size]
-    if len(mine):
-        return within_tokens(mine, lengths, max_tokens), worker.world_size / n_targets
-    return [indices[:1]], 0.0  # fewer sentences than processes: take part in the gradient sync
-
-
-class TrainStep:
-    """One optimiser step: gradients of a batch in micro-batches, gradient sync, clipping, AdamW.
-
-    When memory runs out, the step is repeated with smaller micro-batches. `settings` are resolved.
-    """
-
-    def __init__(self, task: Task, settings: TrainingSettings):
-        self.task, self.settings, self.worker = task, settings, task.worker
-        self.optimizer = make_optimizer(task.model, settings)
-        is_fp16 = self.worker.amp == torch.float16
-        self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=is_fp16)
-        self.max_tokens = settings.max_tokens
-        self.wrapped = None
-
-    def __call__(self, indices: np.ndarray, step: int, lr: float):
-        """(this process's share of the mean loss, 1 if skipped else 0), both on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        max_tokens = self.max_tokens
-        while (loss := self.gradients(indices, step)) is None:
-            self.shrink_micro_batches(indices)
-        if self.max_tokens < max_tokens:
-            found = f"out of memory at step {step + 1}"
-            self.task.log(f"{found}: {self.max_tokens} tokens per micro-batch from now on")
-        return loss, self.update()
-
-    def gradients(self, indices: np.ndarray, step: int) -> torch.Tensor | None:
-        """Accumulate the gradients; returns this process's share of the mean loss, on the device.
-
-        None if any process ran out of memory.
-        """
-        if self.wrapped is None:
-            self.wrapped = self.worker.wrap(self.task.model)
-        self.wrapped.train()
-        worker, scaler, n_targets = self.worker, self.scaler, self.task.n_targets[indices].sum()
-        seed = np.random.SeedSequence([self.settings.seed, step, worker.rank]).generate_state(1)[0]
-        torch.manual_seed(int(seed))  # dropout is a pure function of seed, step and rank
-        lengths, max_tokens = self.task.lengths, self.max_tokens
-        parts, weight = micro_batches(indices, lengths, worker, max_tokens, n_targets)
-        total, out_of_memory = torch.zeros((), device=worker.device), False
-        try:
-            for part in parts:
-                sync = worker.world_size > 1 and part is parts[-1]
-                self.wrapped.require_backward_grad_sync = sync  # what no_sync() of DDP sets
-                loss = self.task.loss(self.wrapped, part, step)
-                total += (loss.detach() * weight / worker.world_size).nan_to_num(0, 0, 0)
-                loss = scaler.scale(loss * weight)
-                if not sync:
-                    loss.backward()
-        except torch.OutOfMemoryError:
-            out_of_memory = True
-        if worker.any(out_of_memory):
-            return None
-        if worker.world_size > 1:  # all processes got here: the gradient sync cannot hang
-            loss.backward()
-        return total
-
-    def shrink_micro_batches(self, indices: np.ndarray):
-        lengths = self.task.lengths[indices]
-        if self.max_tokens < lengths.min():
-            hint = "use a smaller --max-length or --model"
-            raise InputError(f"out of memory with one sentence per micro-batch; {hint}")
-        share = math.ceil(lengths.sum() / self.worker.world_size)
-        self.max_tokens = min(self.max_tokens, share) // 2
-        self.task.model.zero_grad()
-        torch.cuda.empty_cache()
-        self.wrapped = None  # a DistributedDataParallel interrupted in its forward is unusable
-
-    def update(self) -> torch.Tensor:
-        """Clip the gradients and update the weights; a non-finite gradient skips the update."""
-        self.scaler.unscale_(self.optimizer)
-        max_norm = self.settings.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), max_norm)
-        skipped = 1 - norm.isfinite().float()
-        if not self.scaler.is_enabled():
-            self.optimizer.found_inf = skipped  # a fused optimiser skips without a device sync
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return skipped
 
 
 class Window:
@@ -218,7 +85,7 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
     """
     worker, log, folder = task.worker, task.log, settings.folder()
     is_first = worker.rank == 0
-    train_step = TrainStep(task, settings)
+    train_step = make_step(task, settings)
     optimizer, scaler = train_step.optimizer, train_step.scaler
     parts = {"weights": task.model, "optimizer": optimizer, "scaler": scaler}
     progress = load_progress(folder, settings, task.hash, parts, worker, log)
@@ -240,6 +107,7 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
             epoch, i = divmod(progress.step, per_epoch)
             if i == 0 or batches is None:
                 batches = epoch_batches(task.lengths, settings.batch_size, settings.seed, epoch)
+                train_step.prepare(batches)
             on_step(progress.step)
             lr = learning_rate(settings, progress.step, steps)
             loss, skipped = train_step(batches[i], progress.step, lr)
@@ -322,6 +190,7 @@ def run(settings: TrainingSettings, task_class: type[Task], on_step=lambda step:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a kernel each
     with process_group(settings.amp) as worker:
         is_first, stop = worker.rank == 0, StopSignal()
         log = tqdm.write if is_first else lambda text: None

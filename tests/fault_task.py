@@ -33,12 +33,16 @@ def fault(name: str) -> list[int]:
 
 
 class FaultyTask(RelationTask):
-    def loss(self, model, indices: np.ndarray, step: int) -> torch.Tensor:
-        n_tokens = self.lengths[indices].sum()
+    def batch(self, indices: np.ndarray, step: int):
+        n_tokens, self.step = self.lengths[indices].sum(), step
         is_last = self.worker.rank == self.worker.world_size - 1
         if is_last and any(n_tokens > limit for limit in fault("memory")):
             raise torch.OutOfMemoryError("planted")
-        return super().loss(model, indices, step) * (float("nan") if step in fault("nan") else 1)
+        return super().batch(indices, step)
+
+    def loss(self, model, batch) -> torch.Tensor:
+        factor = float("nan") if self.step in fault("nan") else 1
+        return super().loss(model, batch) * factor
 
     def log_evaluation(self, writer, step: int):
         pass  # drawing figures takes seconds

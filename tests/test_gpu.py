@@ -18,10 +18,10 @@ from distributed import Worker
 from model import RelationModel, predict, relation_loss
 from sample.tiny_encoder import make_tiny_encoder
 from settings import Settings
+from step import TrainStep
 from task import RelationTask
 from tests.helpers import CPU, DECODERS, FAMILIES, SAMPLE, encoder_of, examples_of
 from tokens import collate
-from train import TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs RE_GPU=1 and a GPU")
 GPU = Worker(torch.device("cuda"))

@@ -18,6 +18,8 @@ FLOORS = (
     {"model"},
     {"checkpoint"},
     {"task"},
+    {"step"},
+    {"graphs"},
     {"train", "infer", "ensemble", "report"},
     {"pretrain", "sweep"},
 )

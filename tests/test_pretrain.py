@@ -62,7 +62,8 @@ def test_sentences_are_tokenized_alone_and_truncated(encoder_folder, rows):
 def test_fifteen_percent_of_the_tokens_are_masked_by_whole_words(sentences):
     examples, tokenizer = sentences
     indices = np.arange(500)
-    batch, positions, true = collate_masked(examples, indices, [42, 7], tokenizer)
+    batch = collate_masked(examples, indices, [42, 7], tokenizer)
+    positions, true = batch.tokens, batch.true_ids
     original = np.concatenate([examples[i].ids for i in batch.indices])
     assert (original[positions] == true.numpy()).all()
     others = np.setdiff1d(np.arange(len(original)), positions)
@@ -87,15 +88,15 @@ def test_fifteen_percent_of_the_tokens_are_masked_by_whole_words(sentences):
 
 def test_masks_depend_only_on_seed_step_and_sentence(sentences):
     examples, tokenizer = sentences
-    whole, _, _ = collate_masked(examples, np.arange(10), [42, 7], tokenizer)
+    whole = collate_masked(examples, np.arange(10), [42, 7], tokenizer)
     for indices in (np.arange(5), np.array([9, 3])):
-        batch, _, _ = collate_masked(examples, indices, [42, 7], tokenizer)
+        batch = collate_masked(examples, indices, [42, 7], tokenizer)
         for i, index in enumerate(batch.indices):
             (j,) = np.flatnonzero(whole.indices == index)
             a, b = (x.ids[x.offsets[k] : x.offsets[k + 1]] for x, k in ((batch, i), (whole, j)))
             assert torch.equal(a, b)
     for key in ([42, 8], [43, 7]):
-        other, _, _ = collate_masked(examples, np.arange(10), key, tokenizer)
+        other = collate_masked(examples, np.arange(10), key, tokenizer)
         assert not torch.equal(other.ids, whole.ids)
 
 
@@ -110,8 +111,9 @@ def test_logits_equal_those_of_transformers(family, sentences):
     reference = transformers.AutoModelForMaskedLM.from_config(config).eval()
     model = MaskedLanguageModel(copy.deepcopy(reference)).eval()
     examples, tokenizer = sentences
-    batch, positions, _ = collate_masked(examples, np.array([5]), [1], tokenizer)
-    logits = model(batch, positions)
+    batch = collate_masked(examples, np.array([5]), [1], tokenizer)
+    positions = batch.tokens
+    logits = model(batch)
     expected = reference(batch.ids[None]).logits[0, positions]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     logits.square().sum().backward()

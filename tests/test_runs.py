@@ -11,6 +11,7 @@ import torch
 
 import ensemble
 import infer
+import step
 import train
 from common import exit_on_error
 from metrics import read_predictions
@@ -144,7 +145,7 @@ def test_the_best_evaluations_model_is_kept_and_patience_ends_the_run(
     assert read_summary(tmp_path / "a") == summary
 
     # the learning rates by layer are those of the last step
-    rate = train.learning_rate(Settings(lr=1e-3), 4 * n - 1, 22)
+    rate = step.learning_rate(Settings(lr=1e-3), 4 * n - 1, 22)
     groups = last["optimizer"]["param_groups"]
     assert {round(group["lr"] / rate, 6) for group in groups} == {1, 0.5, 0.25, 0.125}
     assert all(group["lr"] == pytest.approx(rate * group["scale"]) for group in groups)

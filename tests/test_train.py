@@ -12,10 +12,10 @@ from transformers import AutoModel
 from distributed import Worker
 from model import RelationModel
 from settings import Settings
+from step import TrainStep, learning_rate, make_optimizer, micro_batches
 from task import RelationTask
 from tests.helpers import CPU, DECODERS, FAMILIES, ROOT, SAMPLE, encoder_of
 from tokens import epoch_batches
-from train import TrainStep, learning_rate, make_optimizer, micro_batches
 
 
 def test_batches_are_a_pure_function_of_seed_and_epoch_and_similar_in_length():

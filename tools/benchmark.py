@@ -42,9 +42,9 @@ from model import predict  # noqa: E402
 from rows import read_rows  # noqa: E402
 from sample.tiny_encoder import make_tokenizer  # noqa: E402
 from settings import Settings  # noqa: E402
+from step import TrainStep  # noqa: E402
 from task import RelationTask  # noqa: E402
 from tokens import epoch_batches  # noqa: E402
-from train import TrainStep  # noqa: E402
 
 DATA = os.environ.get("KLUE_RE", str(ROOT / "sample"))
 WARM_UP = 3  # steps

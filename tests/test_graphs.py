@@ -1,0 +1,167 @@
+"""Padded batches, and the optimiser step that CUDA graphs record, on the CPU."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import attention
+from graphs import EagerRecorder, GraphStep
+from model import RelationModel, relation_loss
+from pretrain import MaskedTokenTask, PretrainingSettings
+from settings import Settings
+from step import TrainStep
+from task import RelationTask
+from tests import varlen_on_cpu
+from tests.helpers import CPU, DECODERS, FAMILIES, SAMPLE, encoder_of, examples_of
+from tokens import IGNORED, PAD_LENGTH, collate, epoch_batches, padded_size
+
+LENGTHS = (7, 30, 7, 13, 25, 25, 60, 3)
+
+
+# --- padded batches ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 2047, 2048, 4095, 4096, 16383])
+def test_padded_sizes_leave_room_for_a_token_and_are_few(n):
+    size = padded_size(n)
+    assert n < size <= n + max(PAD_LENGTH, n / 8)
+    assert padded_size(size - 1) == size
+
+
+def test_eight_sizes_per_octave():
+    assert len({padded_size(n) for n in range(2048, 4096)}) == 8
+
+
+@pytest.mark.parametrize("n_sentences", [8, 11])
+@pytest.mark.parametrize("head", ["cls", "entity", "bilstm", "bigru"])
+@pytest.mark.parametrize("family", FAMILIES | DECODERS)
+def test_padding_changes_neither_loss_nor_gradients(family, head, n_sentences):
+    model = RelationModel(encoder_of(family), 30, head, entity_embedding="typed").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = collate(examples_of(LENGTHS), np.arange(len(LENGTHS)))
+    padded = batch.pad(padded_size(len(batch.ids)), n_sentences, longest=128)
+    results = []
+    for given in (batch, padded):
+        logits = model(given)
+        losses = relation_loss(logits, given.labels)
+        assert (losses[len(LENGTHS) :] == 0).all()
+        model.zero_grad()
+        losses.sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([losses[: len(LENGTHS)], *gradients])
+    assert len(results[0]) == len(results[1])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_ignored_sentences_have_no_loss_and_no_gradient(gamma):
+    logits = torch.randn(3, 30, requires_grad=True)
+    labels, alpha = torch.tensor([4, IGNORED, 0]), torch.rand(30)
+    losses = relation_loss(logits, labels, focal_gamma=gamma, focal_alpha=alpha)
+    losses.sum().backward()
+    assert losses[1] == 0
+    assert (logits.grad[1] == 0).all()
+    assert (logits.grad[[0, 2]] != 0).all()
+
+
+# --- steps ------------------------------------------------------------------------------------
+
+
+class FxRecorder:
+    """Records the operations of forward and backward, and replays them without Python.
+
+    Numbers that a graph would contain show here, and reading a value raises.
+    """
+
+    def warm_up(self, function):
+        function()
+
+    def record(self, function):
+        recorded = make_fx(function)()
+
+        def replay():
+            with torch.no_grad():
+                return recorded()
+
+        return replay
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The attention kernel reads offsets: lengths on the CPU would be those of the recording."""
+    monkeypatch.setattr(attention, "has_kernel", attention.has_kernel)
+    varlen_on_cpu.install()
+
+
+def relation_task(encoder_folder, **options) -> RelationTask:
+    settings = Settings(
+        data=str(SAMPLE), model=str(encoder_folder), limit=150, valid="none", batch_size=16,
+        lr=1e-3, layer_decay=0.9, **options,
+    )  # fmt: skip
+    return RelationTask(settings, CPU, lambda text: None)
+
+
+def masked_token_task(encoder_folder, **options) -> MaskedTokenTask:
+    settings = PretrainingSettings(
+        data=str(SAMPLE), model=str(encoder_folder), limit=150, valid="none", batch_size=16,
+        lr=1e-3, **options,
+    )  # fmt: skip
+    return MaskedTokenTask(settings, CPU, lambda text: None)
+
+
+def without_dropout(task):
+    for module in task.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return task
+
+
+def train(task, step, batches):
+    """Run the steps; returns the losses and the weights."""
+    step.prepare(batches)
+    losses = []
+    for number, indices in enumerate(batches):
+        loss, skipped = step(indices, number, 1e-3 / (number + 1))
+        assert skipped == 0
+        losses.append(loss.item())
+    return losses, dict(task.model.state_dict())
+
+
+@pytest.mark.parametrize("recorder", [EagerRecorder, FxRecorder])
+@pytest.mark.parametrize("max_tokens", [10**6, 500])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (relation_task, {"head": "cls", "focal_gamma": 2.0}),
+        (relation_task, {"head": "entity", "norm": "batch", "entity_embedding": "typed"}),
+        (relation_task, {"head": "bilstm", "gelu": True}),
+        (masked_token_task, {}),
+    ],
+)
+def test_ten_steps_give_the_weights_of_eager_steps(
+    encoder_folder, kernel, recorder, max_tokens, make, options
+):
+    if options.get("head") == "bilstm" and recorder is FxRecorder:
+        pytest.skip("make_fx cannot split forward and backward")
+    eager = without_dropout(make(encoder_folder, max_tokens=max_tokens, **options))
+    graphed = copy.copy(eager)
+    graphed.model = copy.deepcopy(eager.model)
+    before = copy.deepcopy(eager.model.state_dict())
+    # the last batch is smaller
+    batches = epoch_batches(eager.lengths, 16, seed=0, epoch=0)
+    expected_losses, expected = train(eager, TrainStep(eager, eager.settings), batches)
+    step = GraphStep(graphed, graphed.settings, recorder())
+    losses, weights = train(graphed, step, batches)
+    assert len(step.passes) < len(batches) or max_tokens == 500
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    # AdamW makes a whole step of a gradient that is almost zero, so single weights may differ
+    start, end, found = (
+        torch.cat([w.flatten() for w in x.values()]) for x in (before, expected, weights)
+    )
+    assert (found - end).norm() < 1e-3 * (end - start).norm()
