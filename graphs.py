@@ -86,7 +86,7 @@ class GraphStep(TrainStep):
     weights of linear layers have half-precision copies, which spare a cast in every pass.
     """
 
-    def __init__(self, task: Task, settings: TrainingSettings, recorder):
+    def __init__(self, task: Task, settings: TrainingSettings, recorder, fuse=False):
         super().__init__(task, settings)
         self.recorder, self.model, device = recorder, task.model.train(), self.worker.device
         for tensor in self.model.state_dict().values():
@@ -96,7 +96,7 @@ class GraphStep(TrainStep):
         self.flat = torch.zeros(sum(sizes), device=device)
         for p, part in zip(parameters, self.flat.split(sizes)):
             p.grad = part[: p.numel()].view_as(p)
-        self.half = half_weights(self.model, self.worker.amp)
+        self.half = half_weights(self.model, device, self.worker.amp)
         in_use = {weight: half for _, _, weight, half in self.half}
         self.pairs = [(p, in_use.get(p, p)) for p in parameters]
         self.scale = torch.zeros((), device=device)  # of the losses in this step
@@ -105,6 +105,11 @@ class GraphStep(TrainStep):
         self.rates = torch.zeros_like(self.scales)  # learning rates
         self.longest = -(-int(task.lengths.max()) // 128) * 128
         self.passes, self.replay_update = {}, None
+        # the last layer has another hook in each pass
+        self.fused = [
+            (layer, torch.compile(layer._call_impl, dynamic=True, fullgraph=True))
+            for layer in (self.model.layers()[:-1] if fuse else [])
+        ]
 
     # --- recording ----------------------------------------------------------------------------
 
@@ -246,9 +251,13 @@ class GraphStep(TrainStep):
         """Use the half-precision copies of the weights, and compiled layers."""
         for module, name, _, half in self.half:
             module._parameters[name] = half
+        for layer, fused in self.fused:
+            layer._compiled_call_impl = fused
         try:
             yield
         finally:
+            for layer, _ in self.fused:
+                layer._compiled_call_impl = None
             for module, name, weight, _ in self.half:
                 module._parameters[name] = weight
 
@@ -321,11 +330,13 @@ class GraphStep(TrainStep):
                 torch._foreach_copy_(halves, weights)
 
 
-def half_weights(model: nn.Module, dtype: torch.dtype | None) -> list[tuple]:
+def half_weights(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> list[tuple]:
     """(module, name, weight, copy in half precision) of the weights that autocast would cast."""
     if dtype is None:
         return []
-    kinds = (nn.Linear, Conv1D) if dtype == torch.float16 else (nn.Linear, Conv1D, LayerNorm)
+    kinds = nn.Linear, Conv1D
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        kinds += (LayerNorm,)
     places = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
