@@ -144,12 +144,6 @@ class FlatEncoder(nn.Module):
         with select:
             return self.encode(batch)
 
-    def layers(self) -> nn.ModuleList:
-        """The encoder's layers, from the bottom to the top."""
-        n = self.encoder.config.num_hidden_layers
-        lists = [m for m in self.encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
-        return lists[0]
-
     def _inputs(self, ids: torch.Tensor, entities) -> dict:
         """The encoder's input: ids (B, L), or embeddings (B, L, width) if entities have some."""
         if not self.entity_embeddings:

@@ -17,6 +17,7 @@ from attention import Dropout, last_rnn_states_on_cpu
 from common import InputError
 from distributed import Worker
 from encoder import FlatEncoder
+from graphs import GraphedForward, is_capturable
 from tokens import Batch, Example, collate, to_device, within_tokens
 
 # --- heads ------------------------------------------------------------------------------------
@@ -118,6 +119,9 @@ def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_al
     return loss * (1 - p_t) ** focal_gamma
 
 
+MANY_BATCHES = 16  # from here on recording a graph takes less time than it saves
+
+
 @torch.inference_mode()
 def predict(model: RelationModel, examples: list[Example], worker: Worker, max_tokens=16384):
     """Probabilities (N, n_labels) in float64, in the order of the examples, on every rank.
@@ -133,12 +137,15 @@ def predict(model: RelationModel, examples: list[Example], worker: Worker, max_t
     shape = len(examples), model.classifier.out_features
     probs = torch.zeros(*shape, dtype=torch.float64, device=worker.device)
     hide_bar = worker.rank > 0 or None  # None: show it on a terminal
-    for indices in tqdm(batches, unit="batch", leave=False, disable=hide_bar):
-        batch = collate(examples, indices).to(worker.device)
-        with worker.autocast():
-            logits = model(batch)
-        rows = to_device(torch.from_numpy(batch.indices), worker.device)
-        probs[rows] = logits.double().softmax(1)
+    forward = model
+    if len(batches) >= MANY_BATCHES and not hasattr(model, "rnn") and is_capturable(model, worker):
+        forward = GraphedForward(model, worker, max(map(len, batches)), int(lengths.max()))
+    with worker.autocast():  # around the loop: each weight is cast once
+        for indices in tqdm(batches, unit="batch", leave=False, disable=hide_bar):
+            batch = collate(examples, indices)
+            rows = to_device(torch.from_numpy(batch.indices), worker.device)
+            logits = forward(batch if forward is not model else batch.to(worker.device))
+            probs[rows] = logits.double().softmax(1)
     probs = worker.sum(probs).cpu().numpy()
     if not np.isfinite(probs).all():
         n_bad = (~np.isfinite(probs)).any(1).sum()

@@ -3,7 +3,7 @@
     step = TrainStep(task, settings)
     loss, skipped = step(indices, number, lr)     # tensors: nothing waits for the device
 
-graphs.GraphStep is the same step with CUDA graphs.
+graph_step.GraphStep is the same step with CUDA graphs.
 """
 
 import math

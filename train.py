@@ -28,7 +28,7 @@ from tqdm import tqdm
 from checkpoint import Progress, load_progress, remove_progress, save_progress, write_summary
 from common import InputError, exit_on_error
 from distributed import StopSignal, Worker, process_group, restart_count
-from graphs import make_step
+from graph_step import make_step
 from settings import Settings, TrainingSettings, parse_settings
 from step import learning_rate
 from task import RelationTask, Task

@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import attention
-from graphs import EagerRecorder, GraphStep
+from graphs import EagerRecorder, GraphedForward, GraphStep
 from model import RelationModel, relation_loss
 from pretrain import MaskedTokenTask, PretrainingSettings
 from settings import Settings
@@ -19,6 +19,13 @@ from tests.helpers import CPU, DECODERS, FAMILIES, SAMPLE, encoder_of, examples_
 from tokens import IGNORED, PAD_LENGTH, collate, epoch_batches, padded_size
 
 LENGTHS = (7, 30, 7, 13, 25, 25, 60, 3)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The attention kernel reads offsets: lengths on the CPU would be those of the recording."""
+    monkeypatch.setattr(attention, "has_kernel", attention.has_kernel)
+    varlen_on_cpu.install()
 
 
 # --- padded batches ---------------------------------------------------------------------------
@@ -70,6 +77,16 @@ def test_ignored_sentences_have_no_loss_and_no_gradient(gamma):
     assert (logits.grad[[0, 2]] != 0).all()
 
 
+def test_graphed_logits_are_those_of_the_model(kernel):
+    model, examples = RelationModel(encoder_of("roberta"), 30).eval(), examples_of(LENGTHS * 6)
+    forward = GraphedForward(model, CPU, 20, 128, EagerRecorder())
+    with torch.inference_mode():
+        for indices in np.split(np.arange(48), [3, 20, 40]):
+            batch = collate(examples, indices)
+            torch.testing.assert_close(forward(batch), model(batch), rtol=1e-5, atol=1e-5)
+    assert len(forward.passes) < 4
+
+
 # --- steps ------------------------------------------------------------------------------------
 
 
@@ -90,13 +107,6 @@ class FxRecorder:
                 return recorded()
 
         return replay
-
-
-@pytest.fixture
-def kernel(monkeypatch):
-    """The attention kernel reads offsets: lengths on the CPU would be those of the recording."""
-    monkeypatch.setattr(attention, "has_kernel", attention.has_kernel)
-    varlen_on_cpu.install()
 
 
 def relation_task(encoder_folder, **options) -> RelationTask:

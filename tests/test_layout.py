@@ -15,11 +15,12 @@ FLOORS = (
     {"metrics", "page", "settings", "tokens"},
     {"analysis", "attention", "splits"},
     {"encoder", "figures"},
+    {"graphs"},
     {"model"},
     {"checkpoint"},
     {"task"},
     {"step"},
-    {"graphs"},
+    {"graph_step"},
     {"train", "infer", "ensemble", "report"},
     {"pretrain", "sweep"},
 )
