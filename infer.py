@@ -22,7 +22,7 @@ from data import KLUE_LABELS, TYPES, Template, with_known_labels
 from distributed import DTYPES, Worker, process_group
 from metrics import describe, scale_negative, score, write_predictions
 from model import predict
-from rows import Entity, Row, data_file, read_rows
+from rows import Entity, Row, compose, data_file, read_rows
 from tokens import encode
 
 
@@ -44,6 +44,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--sentence, --subject and --object: expected all three or none")
     if any(one) and not is_text("".join(one)):
         raise InputError("--sentence, --subject, --object: found bytes that are not UTF-8")
+    if any(one):
+        arguments.sentence, arguments.subject, arguments.object = map(compose, one)
     if any(one) and (arguments.data or arguments.out):
         raise InputError("--data and --out are for files; --sentence prints its prediction")
     if arguments.max_tokens < 1:
@@ -122,7 +124,7 @@ def default_output(runs: list[str]) -> Path:
 def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worker):
     labels = about[0]["labels"]
     path = arguments.data or data_file(about[0]["data"], "test_data")
-    rows = read_rows(path)
+    rows = read_rows(path, log=print if worker.rank == 0 else lambda text: None)
     n_gold = sum(row.label is not None for row in rows)
     if n_gold == len(rows):
         rows = with_known_labels(rows, labels)

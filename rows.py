@@ -2,6 +2,7 @@
 
     rows = read_rows("data/train.csv")           # or .json, .jsonl, or a split of a hub data set
     rows = read_rows("train.csv", skipped := []) # leave bad rows out, collect their messages
+    row = normalized(Row(...))                   # check and compose a row made in Python
 
 Formats: the Boostcamp competition's CSV, KLUE's JSON, JSON lines; UTF-8. See docs/data.md.
 """
@@ -9,7 +10,9 @@ Formats: the Boostcamp competition's CSV, KLUE's JSON, JSON lines; UTF-8. See do
 import ast
 import json
 import re
+import unicodedata
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,20 +69,22 @@ def data_file(data: str | Path, stem: str) -> Path:
     raise InputError(f"{data}: {found}; --data names another folder or file")
 
 
-def read_rows(path: str | Path, skipped: list[str] | None = None) -> list[Row]:
+def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> list[Row]:
     """Read and check all rows of a file, in its order.
 
     A bad row raises InputError. With a list `skipped`, bad rows are left out instead, and their
-    error messages are appended to the list.
+    error messages are appended to the list. `log` gets a line if rows are changed.
     """
-    rows, line_of = [], {}
+    rows, line_of, n_composed = [], {}, 0
     for line, record in _records(Path(path)):
         try:
-            row = _check(record, f"{path}:{line}")
+            found = _row(record, f"{path}:{line}")
+            row = normalized(found)
             unique = f"a unique id; line {line_of.get(row.id)} has it too"
             expect(row.id not in line_of, row.where, "id", row.id, unique)
             line_of[row.id] = line
             rows.append(row)
+            n_composed += row != found
         except InputError as error:
             if skipped is None:
                 raise
@@ -87,17 +92,79 @@ def read_rows(path: str | Path, skipped: list[str] | None = None) -> list[Row]:
     if not rows:
         first = f"; the first of {len(skipped)} bad ones: {skipped[0]}" if skipped else ""
         raise InputError(f"{path}: no rows{first}")
+    if n_composed:
+        log(
+            f"{path}: composed the text of {n_composed} rows (Unicode NFC), and moved their offsets"
+        )
     return rows
 
 
-def rows_to_predict(data: str | Path, skipped: list[str] | None = None) -> list[Row]:
+def rows_to_predict(data: str | Path, skipped: list[str] | None = None, log=print) -> list[Row]:
     """Rows of test_data beside the training file of `data`; empty if there is no such file."""
     training = data_file(data, "train")
     try:
         path = data_file(training.parent, "test_data")
     except InputError:
         return []
-    return read_rows(path, skipped)
+    return read_rows(path, skipped, log)
+
+
+# --- Unicode ----------------------------------------------------------------------------------
+
+
+def compose(text: str) -> str:
+    """The text in Unicode NFC. macOS writes Korean decomposed (NFD): 각 is then three jamo."""
+    return unicodedata.normalize("NFC", text)
+
+
+def normalized(row: Row) -> Row:
+    """The row with all texts but its id in NFC, and its offsets moved with the sentence.
+
+    Offsets may count the characters of the sentence as it is, or of its NFC or NFD: a text may have
+    been composed or decomposed after they were counted. Raises InputError unless they then point
+    at the words, and at different spans.
+    """
+    entities = [_located(entity, row.sentence, f"{row.where}: {who}_entity")
+                for who, entity in (("subject", row.subject), ("object", row.object))]  # fmt: skip
+    distinct, expected = entities[0][1:3] != entities[1][1:3], "another span than the subject's"
+    expect(distinct, row.where, "object_entity", entities[1].word, expected)
+    label = row.label and compose(row.label)
+    return Row(row.id, compose(row.sentence), *entities, label, compose(row.source), row.where)
+
+
+def _located(entity: Entity, sentence: str, where: str) -> Entity:
+    """The entity in the composed sentence; see `normalized`."""
+    composed, word = compose(sentence), compose(entity.word)
+    type_ = compose(entity.type) if entity.type else None
+    start, end = entity.start, entity.end
+    inside_a_letter = False
+    for form in (None, "NFC", "NFD"):
+        text = unicodedata.normalize(form, sentence) if form else sentence
+        if 0 <= start <= end < len(text) and compose(text[start : end + 1]) == word:
+            before = compose(text[:start])
+            if before + word + compose(text[end + 1 :]) == composed:
+                return Entity(word, len(before), len(before) + len(word) - 1, type_)
+            inside_a_letter = True
+    if inside_a_letter:
+        raise InputError(f"{where}: word {shorten(word)} starts or ends inside a composed letter")
+    bounds = f"0 <= start_idx <= end_idx < {len(sentence)} (the sentence's length)"
+    in_sentence = 0 <= start <= end < len(sentence)
+    expect(in_sentence, where, "start_idx, end_idx", (start, end), bounds)
+    span = compose(sentence[start : end + 1])
+    found = f"word {shorten(word)} but sentence[{start}:{end + 1}] is {shorten(span)}"
+    raise InputError(f"{where}: {found}{_look_alikes(word, span)}")
+
+
+def _look_alikes(a: str, b: str) -> str:
+    """The first different characters of two texts by number, if they may look alike."""
+    different = next(pair for pair in zip_longest(a, b, fillvalue="") if pair[0] != pair[1])
+    if all(re.fullmatch("[ -~가-힣]?", c) for c in different):
+        return ""
+    names = [f"U+{ord(c):04X}" if c else "nothing" for c in different]
+    return f" ({names[0]} differs from {names[1]})"
+
+
+# --- formats ----------------------------------------------------------------------------------
 
 
 def _records(path: Path):
@@ -153,14 +220,15 @@ def _hub_records(path: Path):
         yield number, {"id": record.get("guid"), **record}
 
 
-def _check(record: dict, where: str) -> Row:
+# --- fields -----------------------------------------------------------------------------------
+
+
+def _row(record: dict, where: str) -> Row:
     """The row of a record. The label 100, used in files to predict, means no label."""
     row_id, sentence, label = (record.get(name) for name in ("id", "sentence", "label"))
     expect(is_text(sentence), where, "sentence", sentence, "text")
-    entities = [_entity(record.get(f"{who}_entity"), f"{where}: {who}_entity", sentence)
+    entities = [_entity(record.get(f"{who}_entity"), f"{where}: {who}_entity")
                 for who in ("subject", "object")]  # fmt: skip
-    distinct = entities[0][1:3] != entities[1][1:3]
-    expect(distinct, where, "object_entity", entities[1].word, "another span than the subject's")
     has_id = isinstance(row_id, int) or (is_text(row_id) and row_id.strip())
     expect(has_id, where, "id", row_id, "a number or text")
     has_text = label is None or isinstance(label, int) or is_text(label)
@@ -177,7 +245,7 @@ ENTITY = re.compile(
 )
 
 
-def _entity(found, where: str, sentence: str) -> Entity:
+def _entity(found, where: str) -> Entity:
     """The entity of a cell: a dict, or the text of one in Python's syntax."""
     if isinstance(found, str) and (usual := ENTITY.fullmatch(found)):
         word, start, end, type_ = usual.groups()
@@ -195,13 +263,6 @@ def _entity(found, where: str, sentence: str) -> Entity:
     expect(type(start) is int, where, "start_idx", start, "a whole number")
     expect(type(end) is int, where, "end_idx", end, "a whole number")
     expect(type_ is None or is_text(type_), where, "type", type_, "text such as PER")
-    bounds = f"0 <= start_idx <= end_idx < {len(sentence)} (the sentence's length)"
-    inside = 0 <= start <= end < len(sentence)
-    expect(inside, where, "start_idx, end_idx", (start, end), bounds)
-    span = sentence[start : end + 1]
-    if span != word:
-        found = f"word {shorten(word)} but sentence[{start}:{end + 1}] is {shorten(span)}"
-        raise InputError(f"{where}: {found}")
     return Entity(word, start, end, type_ or None)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from common import InputError
 from data import KLUE_LABELS, find_labels, with_known_labels
-from rows import Row, data_file, read_rows, rows_to_predict, version
+from rows import Row, compose, data_file, read_rows, rows_to_predict, version
 from settings import Settings
 
 DATA_SEED = 42  # of --limit and the splits: runs with different seeds use the same rows
@@ -33,9 +33,9 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
     """Read, clean and split the rows as the settings say; `log` prints a line."""
     skipped = [] if settings.skip_bad_rows else None
     path = data_file(settings.data, "train")
-    rows = read_rows(path, skipped)
+    rows = read_rows(path, skipped, log)
     file_version = version(settings.data, rows)
-    labels = find_labels(rows, settings.negative_label)
+    labels = find_labels(rows, compose(settings.negative_label))
     rows = with_known_labels(rows, labels, skipped)
     if not rows:
         raise InputError(f"{path}: no usable training row; the first bad one: {skipped[0]}")
@@ -48,11 +48,11 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         in_file = sum(row.label == labels[0] for row in rows) / len(rows)
         share = 0.6 if labels == KLUE_LABELS else in_file
     test_like = settings.test_like()
-    like = rows_to_predict(settings.data, skipped) if test_like else []
+    like = rows_to_predict(settings.data, skipped, log) if test_like else []
     if settings.valid == "none":
         valid = []
     elif settings.valid:
-        valid = with_known_labels(read_rows(settings.valid, skipped), labels, skipped)
+        valid = with_known_labels(read_rows(settings.valid, skipped, log), labels, skipped)
         held_out, n_rows = {row.sentence for row in valid}, len(rows)
         rows = [row for row in rows if row.sentence not in held_out]
         if len(rows) < n_rows:

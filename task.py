@@ -25,7 +25,7 @@ from model import (
     predict,
     relation_loss,
 )
-from rows import data_file
+from rows import compose, data_file
 from sample.tiny_encoder import make_tiny_encoder
 from settings import Settings, TrainingSettings
 from splits import choose_rows, subsample
@@ -202,6 +202,7 @@ def read_focal_alpha(path: str, labels: list[str], device) -> torch.Tensor | Non
     expected = "a JSON object {label: alpha}"
     given = read_json(path, expected)
     try:
+        given = {compose(label): value for label, value in given.items()}
         unknown = [label for label in given if label not in labels]
         if unknown:
             raise ValueError(f"{unknown[0]!r} is not a label")

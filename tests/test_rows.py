@@ -1,15 +1,29 @@
 """Reading and checking rows: CSV, JSON and JSON lines, and the message for each kind of error."""
 
+import itertools
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
+import infer
 from common import InputError
-from data import KLUE_LABELS, with_known_labels
-from rows import ENTITY_FIELDS, data_file, read_rows, rows_to_predict, version
-from tests.helpers import SAMPLE
+from data import KLUE_LABELS, Template, with_known_labels
+from model import load_tokenizer
+from rows import (
+    ENTITY_FIELDS,
+    Entity,
+    Row,
+    data_file,
+    normalized,
+    read_rows,
+    rows_to_predict,
+    version,
+)
+from tests.helpers import SAMPLE, decomposed, nfd, write_rows
+from tests.helpers import row as made_row
+from tokens import encode
 
 HEADER = "id,sentence,subject_entity,object_entity,label,source\n"
 
@@ -21,6 +35,10 @@ def entity(word, start, end, kind="PER"):
 def csv_row(id="0", sentence="김은 이를 만났다", s=None, o=None, label="no_relation"):
     s, o = s or entity("김", 0, 0), o or entity("이", 3, 3)
     return f'{id},"{sentence}","{s}","{o}",{label},wikipedia\n'
+
+
+def without_places(rows):
+    return [row[:-1] for row in rows]
 
 
 def write_csv(path, *rows):
@@ -121,7 +139,7 @@ def test_all_formats_give_the_same_rows(tmp_path, rows):
     as_lines = "\n".join(json.dumps(o) for o in objects) + "\n"
     (tmp_path / "a.jsonl").write_text(as_lines, encoding="utf-8")
     for name in ("a.json", "a.jsonl"):
-        assert [r[:-1] for r in read_rows(tmp_path / name)] == [r[:-1] for r in rows[:50]]
+        assert without_places(read_rows(tmp_path / name)) == without_places(rows[:50])
 
 
 VALID = {
@@ -157,9 +175,84 @@ def test_the_message_says_what_is_wrong_with_json(tmp_path, name, content, messa
 
 
 def test_offsets_count_code_points_and_an_entity_may_be_the_whole_sentence(tmp_path):
-    sentence = "𝒦\u200b\u1100\u1161\u11a8"  # beyond the BMP, invisible, a decomposed syllable
-    row = csv_row(sentence=sentence, s=entity(sentence, 0, 4), o=entity("𝒦", 0, 0))
+    sentence = "𝒦\u200b\ufeff\xa0ㅋ\uffa1\u1100\u119e\u11a8"  # beyond the BMP, invisible, jamo
+    row = csv_row(sentence=sentence, s=entity(sentence, 0, 8), o=entity("𝒦", 0, 0))
     assert read_rows(write_csv(tmp_path / "a.csv", row))[0].subject.word == sentence
+
+
+# --- Unicode ----------------------------------------------------------------------------------
+
+
+OWN = made_row(
+    "\u0387금(金) 박형은 Café의 ㅋㅋ 이각을 만났다", "박형", "이각", "관계", types=("사람", "각")
+)
+
+
+def test_text_from_macos_is_composed_and_its_offsets_are_moved(tmp_path, rows, capsys):
+    some = [normalized(r) for r in (OWN._replace(id="x"), *rows[:50])]
+    assert some[0].sentence.startswith("\xb7금(金) 박형은 Café")
+    write_rows(tmp_path / "a.csv", [decomposed(r) for r in some])
+    found = read_rows(tmp_path / "a.csv")
+    assert without_places(found) == without_places(some)
+    message = f"{tmp_path / 'a.csv'}: composed the text of 51 rows (Unicode NFC), and moved their"
+    assert message in capsys.readouterr().out
+    write_rows(tmp_path / "b.csv", some)
+    assert without_places(read_rows(tmp_path / "b.csv")) == without_places(some)
+    assert capsys.readouterr().out == ""
+
+
+def test_parts_of_a_row_may_be_composed_or_decomposed_and_ids_stay():
+    parts, id = decomposed(OWN), nfd("번호")
+    expected = normalized(OWN)._replace(id=id)
+    subjects = {0: OWN.subject, 1: parts.subject}
+    for sentence, word, offsets in itertools.product((0, 1), (0, 1), (0, 1)):
+        subject = Entity(subjects[word].word, *subjects[offsets][1:3], OWN.subject.type)
+        object = (OWN, parts)[sentence].object
+        made = Row(id, (OWN, parts)[sentence].sentence, subject, object, *OWN[4:])
+        assert normalized(made) == expected
+
+
+def test_a_word_that_is_a_part_of_a_letter_is_an_error():
+    parts = decomposed(made_row("이각을 만났다", "이", "각"))
+    wrong = parts._replace(object=Entity(nfd("가"), 2, 3, "PER"))
+    with pytest.raises(
+        InputError, match="object_entity: word '가' starts or ends inside a compose"
+    ):
+        normalized(wrong)
+
+
+@pytest.mark.parametrize(
+    ("word", "different"),
+    [("А이", r"\(U\+0410 differs from U\+0041\)"), ("A\xa0이", "U.00A0 differs from U.C774"),
+     ("Aㅇㅣ", r"U\+3147 differs from U\+C774"), ("A", r"\(nothing differs from U\+C774\)")],
+)  # fmt: skip
+def test_an_error_about_texts_that_look_alike_names_the_characters(word, different):
+    row = made_row("A이가 왔다", "A이", "왔")
+    if word == "A":
+        row = row._replace(sentence="A\u200b가 왔다")
+        different = different.replace("C774", "200B")
+    with pytest.raises(InputError, match=different):
+        normalized(row._replace(subject=Entity(word, 0, 1, "PER")))
+
+
+def test_a_sentence_on_the_command_line_is_composed(monkeypatch):
+    sentence, words = "비틀즈의 노래는 조지 해리슨이 썼다", ("비틀즈:ORG", "조지 해리슨:PER")
+    for form in itertools.product((str, nfd), repeat=3):
+        texts = [convert(text) for convert, text in zip(form, (sentence, *words))]
+        options = ["a.pt", "--sentence", texts[0], "--subject", texts[1], "--object", texts[2]]
+        monkeypatch.setattr("sys.argv", ["infer.py", *options])
+        found = infer.row_from_options(infer.parse_arguments(), KLUE_LABELS)
+        assert found[1:4] == made_row(sentence, "비틀즈", "조지 해리슨", types=("ORG", "PER"))[1:4]
+
+
+def test_a_row_made_in_python_is_checked_and_composed_before_it_is_encoded(encoder_folder):
+    tokenizer = load_tokenizer(str(encoder_folder))
+    row = made_row("비틀즈의 노래는 조지 해리슨이 썼다", "비틀즈", "조지 해리슨")
+    (a, b), _ = encode([row, decomposed(row)], Template(), tokenizer, KLUE_LABELS, 256)
+    assert a.ids.tolist() == b.ids.tolist()
+    wrong = row._replace(subject=row.subject._replace(start=1, end=3))
+    with pytest.raises(InputError, match="f:0: subject_entity: word '비틀즈' but sentence"):
+        encode([wrong], Template(), tokenizer, KLUE_LABELS, 256)
 
 
 @pytest.mark.parametrize("label", ["", "100"])
