@@ -75,8 +75,8 @@ def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> 
     A bad row raises InputError. With a list `skipped`, bad rows are left out instead, and their
     error messages are appended to the list. `log` gets a line if rows are changed.
     """
-    rows, line_of, n_composed = [], {}, 0
-    for line, record in _records(Path(path)):
+    rows, line_of, n_composed, n_skipped = [], {}, 0, len(skipped or [])
+    for line, record in _records(Path(path), skipped):
         try:
             found = _row(record, f"{path}:{line}")
             row = normalized(found)
@@ -90,8 +90,9 @@ def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> 
                 raise
             skipped.append(str(error))
     if not rows:
-        first = f"; the first of {len(skipped)} bad ones: {skipped[0]}" if skipped else ""
-        raise InputError(f"{path}: no rows{first}")
+        bad = (skipped or [])[n_skipped:]
+        found = f"all {len(bad)} rows are bad; the first: {bad[0]}" if bad else "no rows"
+        raise InputError(f"{path}: {found}")
     if n_composed:
         log(
             f"{path}: composed the text of {n_composed} rows (Unicode NFC), and moved their offsets"
@@ -167,13 +168,13 @@ def _look_alikes(a: str, b: str) -> str:
 # --- formats ----------------------------------------------------------------------------------
 
 
-def _records(path: Path):
+def _records(path: Path, skipped: list[str] | None):
     """Yield (line, fields) for each record of a file; for JSON, line is the record's number."""
     if str(path).startswith("hub:"):
         yield from _hub_records(path)
         return
     if path.suffix not in (".json", ".jsonl"):
-        yield from read_csv(path, COLUMNS)
+        yield from read_csv(path, COLUMNS, skipped)
         return
     text, is_list, records = read_text(path), path.suffix == ".json", []
     for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
@@ -226,15 +227,23 @@ def _hub_records(path: Path):
 def _row(record: dict, where: str) -> Row:
     """The row of a record. The label 100, used in files to predict, means no label."""
     row_id, sentence, label = (record.get(name) for name in ("id", "sentence", "label"))
-    expect(is_text(sentence), where, "sentence", sentence, "text")
+    has_sentence = is_text(sentence) and not _is_missing(sentence)
+    expect(has_sentence, where, "sentence", sentence, "text")
     entities = [_entity(record.get(f"{who}_entity"), f"{where}: {who}_entity")
                 for who in ("subject", "object")]  # fmt: skip
-    has_id = isinstance(row_id, int) or (is_text(row_id) and row_id.strip())
+    has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
     expect(has_id, where, "id", row_id, "a number or text")
-    has_text = label is None or isinstance(label, int) or is_text(label)
+    has_text = _is_missing(label) or type(label) is int or is_text(label)
     expect(has_text, where, "label", label, "a relation's name")
-    label = None if label is None or str(label).strip() in ("", "100") else str(label)
-    return Row(str(row_id), sentence, *entities, label, str(record.get("source") or ""), where)
+    label = None if _is_missing(label) or str(label).strip() == "100" else str(label).strip()
+    source = record.get("source")
+    source = "" if _is_missing(source) else str(source)
+    return Row(str(row_id), sentence, *entities, label, source, where)
+
+
+def _is_missing(value) -> bool:
+    """Whether a value is null, blank or NaN, which pandas writes for a missing one."""
+    return value is None or str(value).strip().lower() in ("", "nan")
 
 
 # A fast path for the usual cell: ast.literal_eval takes ten times as long, 2 s for KLUE-RE.
@@ -262,8 +271,8 @@ def _entity(found, where: str) -> Entity:
     expect(is_text(word), where, "word", word, "text")
     expect(type(start) is int, where, "start_idx", start, "a whole number")
     expect(type(end) is int, where, "end_idx", end, "a whole number")
-    expect(type_ is None or is_text(type_), where, "type", type_, "text such as PER")
-    return Entity(word, start, end, type_ or None)
+    expect(_is_missing(type_) or is_text(type_), where, "type", type_, "text such as PER")
+    return Entity(word, start, end, None if _is_missing(type_) else type_.strip())
 
 
 def version(data: str, rows: list[Row]) -> dict:

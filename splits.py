@@ -38,7 +38,7 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
     labels = find_labels(rows, compose(settings.negative_label))
     rows = with_known_labels(rows, labels, skipped)
     if not rows:
-        raise InputError(f"{path}: no usable training row; the first bad one: {skipped[0]}")
+        raise InputError(f"{path}: all {len(skipped)} rows are bad; the first: {skipped[0]}")
     log(f"{path}: {len(rows)} rows, {len(labels)} labels")
     if settings.clean:
         rows, removed = clean(rows, labels[0])

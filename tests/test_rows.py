@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import infer
 from common import InputError
 from data import KLUE_LABELS, Template, with_known_labels
+from metrics import read_predictions
 from model import load_tokenizer
 from rows import (
     ENTITY_FIELDS,
@@ -111,20 +113,70 @@ def test_line_numbers_are_right_after_a_cell_of_several_lines(tmp_path):
         read_rows(path)
 
 
-def test_a_file_in_another_encoding_or_without_access_is_an_error(tmp_path):
-    (tmp_path / "a.csv").write_bytes((HEADER + csv_row()).encode("cp949"))
-    with pytest.raises(InputError, match=r"a.csv:2: found byte 0x.., expected UTF-8"):
+CONTENT = HEADER + csv_row()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (CONTENT.encode("cp949"), ":2: found byte 0xb1, expected UTF-8 text; it seems to be cp949"),
+        (
+            CONTENT.encode("utf-16"),
+            ":1: found byte 0xff, .*; it seems to be UTF-16: save it as UTF",
+        ),
+        (CONTENT.encode("utf-16-be"), "it seems to be UTF-16: save it as UTF-8"),
+        (CONTENT.encode()[:-20] + b"\xed", "expected UTF-8 text; save it as UTF-8"),
+        (b"PAR1\x15\x04\x80", "it seems to be a Parquet file: name it .parquet"),
+        (b"PK\x03\x04\xff\xff", "it seems to be a ZIP archive, such as an Excel sheet"),
+        (b"\x1f\x8b\x08\x00\x00", "it seems to be a gzip archive"),
+        (b"abc\xff" + bytes(range(256)), "it is not a text file"),
+    ],
+)
+def test_a_file_that_is_not_utf8_is_named(tmp_path, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message) as raised:
         read_rows(tmp_path / "a.csv")
+    assert "\n" not in str(raised.value)
     with pytest.raises(InputError, match=r"absent.csv: cannot be read"):
         read_rows(tmp_path / "absent.csv")
 
 
+def test_a_column_that_stands_twice_is_an_error(tmp_path):
+    cells = csv_row().strip()
+    (tmp_path / "a.csv").write_text(f"{HEADER.strip()}, label\n{cells},per:title\n")
+    with pytest.raises(
+        InputError, match=r"a.csv:1: header: found 'label', expected each column once"
+    ):
+        read_rows(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text(f"{HEADER.strip()},,\n{cells},,\n")  # empty columns at the end
+    assert read_rows(tmp_path / "b.csv")[0].label == "no_relation"
+    (tmp_path / "c.csv").write_text("id,pred_label,probs,id\n")
+    with pytest.raises(InputError, match=r"c.csv:1: header: found 'id', expected each column once"):
+        read_predictions(str(tmp_path / "c.csv"))
+
+
+@pytest.mark.parametrize("sentence", ["", " ", "nan", None, math.nan])
+def test_a_missing_sentence_is_named(tmp_path, sentence):
+    record = json.dumps({"id": 0, "sentence": sentence, "subject_entity": {}, "object_entity": {}})
+    (tmp_path / "a.jsonl").write_text(record)
+    with pytest.raises(InputError, match=r"a.jsonl:1: sentence: found .*, expected text"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+def test_if_all_rows_are_bad_the_message_says_why(tmp_path):
+    path = write_csv(tmp_path / "a.csv", csv_row(s="{}"), csv_row("1", label="x,y"))
+    with pytest.raises(
+        InputError, match=r"a.csv: all 2 rows are bad; the first: .*a.csv:2: subject"
+    ):
+        read_rows(path, ["a bad row of another file"])
+
+
 def test_bad_rows_are_skipped_and_their_messages_kept(tmp_path):
-    rows = csv_row(), csv_row("1", s=entity("박", 0, 0)), csv_row("2", label="per:x")
+    rows = csv_row(), csv_row("1", s=entity("박", 0, 0)), "2,short\n", csv_row("3", label="per:x")
     path, skipped = write_csv(tmp_path / "a.csv", *rows), []
     rows = with_known_labels(read_rows(path, skipped), KLUE_LABELS, skipped)
     assert [r.id for r in rows] == ["0"]
-    assert [message.split(":")[1] for message in skipped] == ["3", "4"]
+    assert [message.split(":")[1] for message in skipped] == ["3", "4", "5"]
 
 
 def test_all_formats_give_the_same_rows(tmp_path, rows):
