@@ -18,7 +18,7 @@ import transformers
 
 from checkpoint import load_checkpoint, restore
 from common import InputError, Parser, exit_on_error, is_text
-from data import KLUE_LABELS, TYPES, Template, with_known_labels
+from data import KLUE_LABELS, TYPES, Template, with_known_labels, with_label_names
 from distributed import DTYPES, Worker, process_group
 from metrics import describe, scale_negative, score, write_predictions
 from model import predict
@@ -32,6 +32,8 @@ def parse_arguments() -> argparse.Namespace:
     add("checkpoints", nargs="+", help="ckpt.pt of one or more runs; several are averaged")
     add("--data", help="file to predict (default: test_data.csv of the first run's data folder)")
     add("--out", help="file to write (default: out/<run>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")
+    add("--label-order", default="", metavar="ORDER",
+        help="what gold labels that are class numbers mean, as in train.py")  # fmt: skip
     add("--sentence", help="predict this sentence instead of a file")
     add("--subject", help="the subject in the sentence, as WORD:TYPE or WORD; its first occurrence")
     add("--object", help="the object in the sentence, likewise")
@@ -125,6 +127,7 @@ def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worke
     labels = about[0]["labels"]
     path = arguments.data or data_file(about[0]["data"], "test_data")
     rows = read_rows(path, log=print if worker.rank == 0 else lambda text: None)
+    rows = with_label_names(rows, arguments.label_order)
     n_gold = sum(row.label is not None for row in rows)
     if n_gold == len(rows):
         rows = with_known_labels(rows, labels)

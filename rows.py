@@ -225,7 +225,7 @@ def _hub_records(path: Path):
 
 
 def _row(record: dict, where: str) -> Row:
-    """The row of a record. The label 100, used in files to predict, means no label."""
+    """The row of a record. The labels 100 (competition) and -1 (hub) mean no label."""
     row_id, sentence, label = (record.get(name) for name in ("id", "sentence", "label"))
     has_sentence = is_text(sentence) and not _is_missing(sentence)
     expect(has_sentence, where, "sentence", sentence, "text")
@@ -233,9 +233,10 @@ def _row(record: dict, where: str) -> Row:
                 for who in ("subject", "object")]  # fmt: skip
     has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
     expect(has_id, where, "id", row_id, "a number or text")
-    has_text = _is_missing(label) or type(label) is int or is_text(label)
+    has_text = _is_missing(label) or type(label) in (int, float) or is_text(label)
     expect(has_text, where, "label", label, "a relation's name")
-    label = None if _is_missing(label) or str(label).strip() == "100" else str(label).strip()
+    label = None if _is_missing(label) else re.sub(r"^(-?\d+)\.0*$", r"\1", str(label).strip())
+    label = None if label in ("100", "-1") else label
     source = record.get("source")
     source = "" if _is_missing(source) else str(source)
     return Row(str(row_id), sentence, *entities, label, source, where)

@@ -153,6 +153,9 @@ class Settings(TrainingSettings):
         auto="0.6 for KLUE-RE's labels, the training file's share for others")
     clean: bool = setting(True, "data", "remove duplicate and contradictory training rows")
     negative_label: str = setting("no_relation", "data", "the label that means no relation")
+    label_order: str = setting("", "data",
+        "what labels that are class numbers mean: competition, klue (its order on the Hugging Face "
+        "hub), or a JSON file with a list of names")
     marker: str = setting("typed_entity_marker_punct", "input", "entity marker", *MARKERS)
     prompt: str = setting("s_and_o", "input", "prompt around the sentence", *PROMPTS)
     type_names: str = setting("en", "input", "language of entity types in markers", *TYPE_NAMES)

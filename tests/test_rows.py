@@ -307,7 +307,7 @@ def test_a_row_made_in_python_is_checked_and_composed_before_it_is_encoded(encod
         encode([wrong], Template(), tokenizer, KLUE_LABELS, 256)
 
 
-@pytest.mark.parametrize("label", ["", "100"])
+@pytest.mark.parametrize("label", ["", "100", "100.0", " ", "nan", "-1"])
 def test_an_empty_label_and_100_mean_no_label(tmp_path, label):
     path = write_csv(tmp_path / "a.csv", csv_row(label=label))
     assert read_rows(path)[0].label is None
