@@ -173,10 +173,21 @@ def _what_it_is(content: bytes) -> str:
     return "it seems to be cp949 (EUC-KR): save it as UTF-8"
 
 
+def parse_json(text: str):
+    """json.loads; an object with a key twice is a ValueError, not the last of its values."""
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"an object has a key twice: {shorten([key for key, _ in pairs])}")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def read_json(path: str | Path, expected: str):
     """Read a JSON file; `expected` describes its content in the error message."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected {expected}: {first_line(error)}") from error
 

@@ -8,7 +8,6 @@ Formats: the Boostcamp competition's CSV, KLUE's JSON, JSON lines; UTF-8. See do
 """
 
 import ast
-import json
 import re
 import unicodedata
 from hashlib import sha256
@@ -22,6 +21,7 @@ from common import (
     first_line,
     is_text,
     optional_import,
+    parse_json,
     read_csv,
     read_text,
     shorten,
@@ -181,7 +181,7 @@ def _records(path: Path, skipped: list[str] | None):
         if not piece.strip():
             continue
         try:
-            content = json.loads(piece)
+            content = parse_json(piece)
             records += enumerate(content, 1) if is_list else [(number, content)]
         except (ValueError, TypeError, RecursionError) as error:
             line = number - 1 + getattr(error, "lineno", 1)
@@ -256,15 +256,16 @@ ENTITY = re.compile(
 
 
 def _entity(found, where: str) -> Entity:
-    """The entity of a cell: a dict, or the text of one in Python's syntax."""
+    """The entity of a cell: a dict, or the text of one in Python's syntax or JSON."""
     if isinstance(found, str) and (usual := ENTITY.fullmatch(found)):
         word, start, end, type_ = usual.groups()
         found = {"word": word, "start_idx": int(start), "end_idx": int(end), "type": type_}
     elif isinstance(found, str):
         try:
-            found = ast.literal_eval(found)
+            found = _parse_cell(found)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise InputError(f"{where}: found {shorten(found)}, expected a dict literal") from error
+            expected = "a dict literal or a JSON object"
+            raise InputError(f"{where}: found {shorten(found)}, expected {expected}") from error
     if not isinstance(found, dict):
         expected = f"a dict of {', '.join(ENTITY_FIELDS)}"
         raise InputError(f"{where}: found {shorten(found)}, expected {expected}")
@@ -274,6 +275,19 @@ def _entity(found, where: str) -> Entity:
     expect(type(end) is int, where, "end_idx", end, "a whole number")
     expect(_is_missing(type_) or is_text(type_), where, "type", type_, "text such as PER")
     return Entity(word, start, end, None if _is_missing(type_) else type_.strip())
+
+
+def _parse_cell(text: str):
+    """The value of a JSON text or a Python literal. A text that is both is JSON: str(dict) is none,
+    and only JSON joins the escaped halves of an emoji."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        tree = ast.parse(text.strip(), mode="eval")
+    keys = [getattr(key, "value", key) for key in getattr(tree.body, "keys", [])]
+    if len(set(keys)) < len(keys):
+        raise ValueError("a key stands twice")
+    return ast.literal_eval(tree)
 
 
 def version(data: str, rows: list[Row]) -> dict:

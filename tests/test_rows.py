@@ -307,6 +307,40 @@ def test_a_row_made_in_python_is_checked_and_composed_before_it_is_encoded(encod
         encode([wrong], Template(), tokenizer, KLUE_LABELS, 256)
 
 
+def quoted(cell):
+    return cell.replace('"', '""')
+
+
+@pytest.mark.parametrize("type", ["null", '"\\ubb38"', '""', "NaN"])
+def test_entities_in_cells_may_be_json(tmp_path, type):
+    word, sentence = "😀비틀즈", "😀비틀즈가 왔다"
+    s = f'{{"word": {json.dumps(word)}, "start_idx": 0, "end_idx": 3, "type": {type}}}'
+    o = '{"word": "왔다", \'start_idx\': 6, "end_idx": 7, "type": None}'  # mixed: Python's syntax
+    path = write_csv(tmp_path / "a.csv", csv_row(sentence=sentence, s=quoted(s), o=quoted(o)))
+    row = read_rows(path)[0]
+    assert row.subject == Entity(word, 0, 3, "문" if "b" in type else None)
+    assert row.object == Entity("왔다", 6, 7, None)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_half_an_emoji_and_a_key_that_stands_twice_are_errors(tmp_path, name):
+    s = '{"word": "\\ud83d", "start_idx": 0, "end_idx": 0, "type": "PER"}'
+    twice = '{"word": "이", "start_idx": 3, "end_idx": 3, "type": "PER", "type": "ORG"}'
+    for cell, message in ((s, r"word: found '\\ud83d'"), (twice, "expected a dict lit|key twice")):
+        if name == "a.csv":
+            content = HEADER + csv_row(s=quoted(cell))
+        else:
+            content = json.dumps([VALID]).replace(json.dumps(VALID["subject_entity"]), cell)
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_rows(tmp_path / name)
+    python = "{'word': '이', 'start_idx': 3, 'end_idx': 3, 'type': 'PER', 'type': 'ORG'}"
+    with pytest.raises(
+        InputError, match=r"subject_entity: found .*, expected a dict literal or a J"
+    ):
+        read_rows(write_csv(tmp_path / "b.csv", csv_row(s=python)))
+
+
 @pytest.mark.parametrize("label", ["", "100", "100.0", " ", "nan", "-1"])
 def test_an_empty_label_and_100_mean_no_label(tmp_path, label):
     path = write_csv(tmp_path / "a.csv", csv_row(label=label))
