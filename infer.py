@@ -30,7 +30,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", help="ckpt.pt of one or more runs; several are averaged")
-    add("--data", help="file to predict (default: test_data.csv of the first run's data folder)")
+    add("--data", help="file to predict, a folder with test_data.csv, or hub:OWNER/NAME@REVISION"
+        "[:CONFIG][/SPLIT] (default: the first run's data folder)")  # fmt: skip
     add("--out", help="file to write (default: out/<run>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")
     add("--label-order", default="", metavar="ORDER",
         help="what gold labels that are class numbers mean, as in train.py")  # fmt: skip
@@ -125,7 +126,7 @@ def default_output(runs: list[str]) -> Path:
 
 def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worker):
     labels = about[0]["labels"]
-    path = arguments.data or data_file(about[0]["data"], "test_data")
+    path = data_file(arguments.data or about[0]["data"], "test_data")
     rows = read_rows(path, log=print if worker.rank == 0 else lambda text: None)
     rows = with_label_names(rows, arguments.label_order)
     n_gold = sum(row.label is not None for row in rows)

@@ -30,6 +30,9 @@ from common import (
 COLUMNS = ("id", "sentence", "subject_entity", "object_entity")  # label and source are optional
 ENTITY_FIELDS = ("word", "start_idx", "end_idx", "type")
 HUB = re.compile(r"hub:([^@]+)@([^:@]+)(?::([^:@/]+))?")  # name or folder, revision, config
+# HUB/SPLIT. A revision may contain a slash too: without a config, only these splits are taken
+HUB_SPLIT = re.compile(r"hub:[^@]+@[^:@]+(:[^:@/]+/[^:@/]+|/(train|dev|validation|test|test_data))")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 class Entity(NamedTuple):
@@ -54,19 +57,28 @@ class Row(NamedTuple):
 
 
 def data_file(data: str | Path, stem: str) -> Path:
-    """The path of `stem`.csv, .json or .jsonl in a data folder, or `data` itself if it is a file.
+    """The file that `data` means: `data` itself, or the file `stem` of a data folder.
 
-    For a hub data set the "path" is HUB/stem, where stem names the split.
+    For a hub data set the "path" is HUB/SPLIT, where `stem` names the split if `data` does not.
     """
     if str(data).startswith("hub:"):
-        return Path(str(data), stem)
-    folder = Path(data)
-    candidates = [folder, *(folder / f"{stem}{suffix}" for suffix in (".csv", ".json", ".jsonl"))]
-    for path in candidates:
-        if path.is_file():
-            return path
-    found = f"no {stem}.csv, {stem}.json or {stem}.jsonl"
-    raise InputError(f"{data}: {found}; --data names another folder or file")
+        has_split = HUB_SPLIT.fullmatch(str(data))
+        return Path(str(data)) if has_split else Path(str(data), stem)
+    if (path := _file_in(Path(data), stem)) is None:
+        found = f"no {stem}.csv, .tsv, .json, .jsonl or .parquet"
+        found = found if Path(data).is_dir() else "no such file or folder"
+        raise InputError(f"{data}: {found}; --data names another folder or file")
+    return path
+
+
+def _file_in(folder: Path, stem: str) -> Path | None:
+    """The file `stem` of a folder, or the "folder" itself if it is a file; None without one."""
+    candidates = [folder, *(folder / f"{stem}{suffix}" for suffix in SUFFIXES)]
+    found = [path for path in candidates if path.is_file()]
+    if len(found) > 1:
+        names = f"{found[0].name} and {found[1].name}"
+        raise InputError(f"{folder}: found {names}, expected one of them; --data may name a file")
+    return found[0] if found else None
 
 
 def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> list[Row]:
@@ -102,12 +114,10 @@ def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> 
 
 def rows_to_predict(data: str | Path, skipped: list[str] | None = None, log=print) -> list[Row]:
     """Rows of test_data beside the training file of `data`; empty if there is no such file."""
-    training = data_file(data, "train")
-    try:
-        path = data_file(training.parent, "test_data")
-    except InputError:
-        return []
-    return read_rows(path, skipped, log)
+    folder = data_file(data, "train").parent
+    is_hub = str(folder).startswith("hub:")
+    path = data_file(folder, "test_data") if is_hub else _file_in(folder, "test_data")
+    return read_rows(path, skipped, log) if path else []
 
 
 # --- Unicode ----------------------------------------------------------------------------------
@@ -292,6 +302,6 @@ def _parse_cell(text: str):
 
 def version(data: str, rows: list[Row]) -> dict:
     """What identifies the state of a data set: its hub revision and a hash of its rows."""
-    found = HUB.fullmatch(data)
+    found = HUB.fullmatch(str(data_file(data, "train").parent)) if data.startswith("hub:") else None
     content = sha256(repr([row[:-1] for row in rows]).encode()).hexdigest()
     return {"revision": found and found[2], "content": content[:16]}

@@ -40,8 +40,8 @@ class TrainingSettings:
 
     # fmt: off
     data: str = setting("data", "data",
-        "folder with train.csv and test_data.csv (or .json, .jsonl), a training file, or "
-        "hub:OWNER/NAME@REVISION[:CONFIG]")
+        "folder with train.csv and test_data.csv (or .tsv, .json, .jsonl, .parquet), a training "
+        "file, or hub:OWNER/NAME@REVISION[:CONFIG][/SPLIT]")
     valid: str = setting("", "data", "validation file; none: train on all rows (default: a split)")
     limit: int = setting(0, "data",
         "number of training rows, the same rows for every seed; 0: all", 0, math.inf)

@@ -354,7 +354,7 @@ def test_every_row_of_the_sample_is_read(rows):
 
 
 def test_files_of_a_data_folder(tmp_path, rows):
-    with pytest.raises(InputError, match=r"no train.csv, train.json or train.jsonl; --data names"):
+    with pytest.raises(InputError, match=r"no train.csv, .tsv, .json, .jsonl or .parq.*; --data"):
         data_file(tmp_path, "train")
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(VALID))
@@ -365,6 +365,26 @@ def test_files_of_a_data_folder(tmp_path, rows):
     for data in (tmp_path, path):
         assert [row.id for row in rows_to_predict(data)] == ["0", "1"]
     assert len(rows_to_predict(SAMPLE)) == len(read_rows(SAMPLE / "test_data.csv"))
+
+
+def test_data_means_a_folder_a_file_or_a_split_everywhere(tmp_path):
+    hub = "hub:a/b@main"
+    assert str(data_file(hub, "train")) == "hub:a/b@main/train"
+    assert str(data_file(f"{hub}/dev", "train")) == "hub:a/b@main/dev"
+    assert str(data_file(f"{hub}:re", "test_data")) == "hub:a/b@main:re/test_data"
+    assert str(data_file(f"{hub}:re/own", "test_data")) == "hub:a/b@main:re/own"
+    assert str(data_file("hub:a/b@refs/v1", "train")) == "hub:a/b@refs/v1/train"
+    for data in (hub, f"{hub}/train", f"{hub}:re/train"):
+        assert version(data, [])["revision"] == "main"
+    with pytest.raises(InputError, match="absent: no such file or folder; --data names another"):
+        data_file(tmp_path / "absent", "train")
+    for name in ("train.csv", "test_data.csv", "test_data.json"):
+        (tmp_path / name).touch()
+    expected = r"found test_data.csv and test_data.json, expected one of them; --data may name"
+    with pytest.raises(InputError, match=expected):
+        data_file(tmp_path, "test_data")
+    with pytest.raises(InputError, match=expected):
+        rows_to_predict(tmp_path / "train.csv")
 
 
 def test_a_version_depends_on_the_rows_but_not_on_their_file(tmp_path, rows):
