@@ -127,7 +127,8 @@ def default_output(runs: list[str]) -> Path:
 def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worker):
     labels = about[0]["labels"]
     path = data_file(arguments.data or about[0]["data"], "test_data")
-    rows = read_rows(path, log=print if worker.rank == 0 else lambda text: None)
+    log = print if worker.rank == 0 else lambda text: None
+    rows = read_rows(path, log=log, unique_ids=True)
     rows = with_label_names(rows, arguments.label_order)
     n_gold = sum(row.label is not None for row in rows)
     if n_gold == len(rows):
