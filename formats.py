@@ -131,6 +131,6 @@ def _hub_records(path: Path):
 def _with_names(records, names: list[str] | None):
     """The records; with `names`, their labels by name. -1 stays, which means no label."""
     for record in records:
-        if names and record["label"] in range(len(names)):
-            record["label"] = names[record["label"]]
+        if names and record.get("label") in range(len(names)):
+            record["label"] = names[int(record["label"])]
         yield record

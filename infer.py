@@ -18,7 +18,14 @@ import transformers
 
 from checkpoint import load_checkpoint, restore
 from common import InputError, Parser, exit_on_error, is_text
-from data import KLUE_LABELS, TYPES, Template, with_known_labels, with_label_names
+from data import (
+    KLUE_LABELS,
+    TYPES,
+    Template,
+    note_unknown_types,
+    with_known_labels,
+    with_label_names,
+)
 from distributed import DTYPES, Worker, process_group
 from metrics import describe, scale_negative, score, write_predictions
 from model import predict
@@ -129,6 +136,7 @@ def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worke
     path = data_file(arguments.data or about[0]["data"], "test_data")
     log = print if worker.rank == 0 else lambda text: None
     rows = read_rows(path, log=log, unique_ids=True)
+    note_unknown_types(rows, labels, log)
     rows = with_label_names(rows, arguments.label_order)
     n_gold = sum(row.label is not None for row in rows)
     if n_gold == len(rows):

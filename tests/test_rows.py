@@ -84,6 +84,7 @@ SUBJECT, OBJECT = ":2: subject_entity: ", ":3: object_entity: "
             HEADER + csv_row(o=entity("김", 0, 0)),
             r":2: object_entity: found '김', expected another span",
         ),
+        (HEADER + csv_row(s=entity(" ", 2, 2)), SUBJECT + r"word: found ' ', expected text"),
         (HEADER + csv_row(id=""), r":2: id: found '', expected a number or text"),
         (HEADER + "0,a,b\n", r":2: row: found \['0', 'a', 'b'\], expected 6 cells"),
         (HEADER + '0,"김은', r":2: broken CSV"),
@@ -203,11 +204,13 @@ def test_all_formats_give_the_same_rows(tmp_path, rows, id):
         assert without_places(read_rows(path)) == without_places(rows[:50]), path
 
 
-def test_a_parquet_file_of_the_hub_knows_the_names_of_its_labels(tmp_path, rows):
+@pytest.mark.parametrize("number", [int, float])
+def test_a_parquet_file_of_the_hub_knows_the_names_of_its_labels(tmp_path, rows, number):
     objects = [o | {"label": 29 - KLUE_LABELS.index(o["label"])} for o in as_objects(rows[:50])]
     features = {"label": {"names": KLUE_LABELS[::-1], "_type": "ClassLabel"}}
     about = {"huggingface": json.dumps({"info": {"features": features}})}
-    table = pyarrow.Table.from_pylist([*objects, objects[0] | {"label": -1}])
+    objects = [o | {"label": number(o["label"])} for o in objects]  # pandas: floats
+    table = pyarrow.Table.from_pylist([*objects, objects[0] | {"label": number(-1)}])
     pyarrow.parquet.write_table(table.replace_schema_metadata(about), tmp_path / "a.parquet")
     found = read_rows(tmp_path / "a.parquet")
     assert [r.label for r in found] == [*(r.label for r in rows[:50]), None]
@@ -266,6 +269,8 @@ VALID = {
         ("a.json", "[" * 100_000, r"a.json:1: expected a JSON list, or an object on each"),
         ("a.jsonl", json.dumps(VALID) + "\n{", r"a.jsonl:2: expected a JSON list, or an object on"),
         ("a.jsonl", json.dumps({**VALID, "guid": "\ud800"}), r"a.jsonl:1: id: found '\\ud800'"),
+        ("a.jsonl", json.dumps({**VALID, "label": True}), r"a.jsonl:1: label: found True"),
+        ("a.jsonl", json.dumps({**VALID, "source": ["a"]}), r"a.jsonl:1: source: found \['a'\]"),
         ("a.jsonl", json.dumps({**VALID, "label": "\ud800"}), r"a.jsonl:1: label: found '\\ud800'"),
         ("a.jsonl", "1\n", r"a.jsonl:1: row: found 1, expected an object"),
         ("a.json", "[[1]]", r"a.json:1: row: found \[1\], expected an object"),
