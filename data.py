@@ -283,8 +283,9 @@ def diff(old: list[Row], new: list[Row]) -> tuple[list[Row], list[Row], list[tup
     return added, removed, pairs
 
 
-def print_diff(old: str, new: str):
-    added, removed, relabelled = diff(*(read_rows(data_file(data, "train")) for data in (old, new)))
+def print_diff(old: str, new: str, order: str):
+    files = (read_rows(data_file(data, "train")) for data in (old, new))
+    added, removed, relabelled = diff(*(with_label_names(rows, order) for rows in files))
     lines = [("+", row.where, row.label, row) for row in added]
     lines += [("-", row.where, row.label, row) for row in removed]
     for before, row in relabelled:
@@ -324,9 +325,11 @@ def main():
     command.add_argument("--download", nargs="?", const=KLUE_RE, metavar="HUB",
                          help=f"data set to write as CSV (default: {KLUE_RE})")  # fmt: skip
     parser.add_argument("--out", default="data", help="folder of --download (default: data)")
+    parser.add_argument("--label-order", default="", metavar="ORDER",
+                        help="with --diff, what class numbers mean, as in train.py")  # fmt: skip
     arguments = parser.parse_args()
     if arguments.diff:
-        print_diff(*arguments.diff)
+        print_diff(*arguments.diff, arguments.label_order)
     else:
         download(Path(arguments.out), arguments.download)
 

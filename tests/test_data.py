@@ -287,3 +287,7 @@ def test_a_diff_is_printed_one_line_per_row(call, tmp_path):
         "~ old.csv:2 -> new.csv:2  id 5  per:title -> per:spouse  김 / 이",
         "1 rows added (+), 1 removed (-), 1 relabelled (~)",
     ]
+    write_rows(tmp_path / "numbers.csv", numbered(old, LABEL_ORDERS["klue"]))
+    assert "a class number" in call(data, "--diff", "old.csv", "numbers.csv", code=2).err
+    printed = call(data, "--diff", "old.csv", "numbers.csv", "--label-order", "klue").out
+    assert printed == "0 rows added (+), 0 removed (-), 0 relabelled (~)\n"
