@@ -217,10 +217,16 @@ def test_a_parquet_file_of_the_hub_knows_the_names_of_its_labels(tmp_path, rows,
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")  # without the names
     with pytest.raises(InputError, match=r"b.parquet:1: label: found \d+, a class number"):
         with_label_names(read_rows(tmp_path / "b.parquet"))
-    (tmp_path / "c.parquet").write_text("id,sentence")
-    with pytest.raises(InputError, match=r"c.parquet: expected a Parquet file: ") as raised:
-        read_rows(tmp_path / "c.parquet")
-    assert "\n" not in str(raised.value)
+    content = (tmp_path / "b.parquet").read_bytes()
+    for wrong in (b"id,sentence", content.replace("가".encode(), b"\xea\xb0\xea")):
+        (tmp_path / "c.parquet").write_bytes(wrong)
+        with pytest.raises(InputError, match=r"c.parquet: expected a Parquet file: ") as raised:
+            read_rows(tmp_path / "c.parquet")
+        assert "\n" not in str(raised.value)
+    twice = table.append_column("label", table["label"])
+    pyarrow.parquet.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(InputError, match="columns: found 'label', expected each column once"):
+        read_rows(tmp_path / "d.parquet")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
