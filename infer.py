@@ -18,11 +18,18 @@ import transformers
 
 from checkpoint import load_checkpoint, restore
 from common import InputError, Parser, exit_on_error, is_text
-from data import KLUE_LABELS, TYPES, Template, with_known_labels
+from data import (
+    KLUE_LABELS,
+    TYPES,
+    Template,
+    note_unknown_types,
+    with_known_labels,
+    with_label_names,
+)
 from distributed import DTYPES, Worker, process_group
 from metrics import describe, scale_negative, score, write_predictions
 from model import predict
-from rows import Entity, Row, data_file, read_rows
+from rows import Entity, Row, compose, data_file, read_rows
 from tokens import encode
 
 
@@ -30,8 +37,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", help="ckpt.pt of one or more runs; several are averaged")
-    add("--data", help="file to predict (default: test_data.csv of the first run's data folder)")
+    add("--data", help="file to predict, a folder with test_data.csv, or hub:OWNER/NAME@REVISION"
+        "[:CONFIG][/SPLIT] (default: the first run's data folder)")  # fmt: skip
     add("--out", help="file to write (default: out/<run>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")
+    add("--label-order", default="", metavar="ORDER",
+        help="what gold labels that are class numbers mean, as in train.py")  # fmt: skip
     add("--sentence", help="predict this sentence instead of a file")
     add("--subject", help="the subject in the sentence, as WORD:TYPE or WORD; its first occurrence")
     add("--object", help="the object in the sentence, likewise")
@@ -44,6 +54,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--sentence, --subject and --object: expected all three or none")
     if any(one) and not is_text("".join(one)):
         raise InputError("--sentence, --subject, --object: found bytes that are not UTF-8")
+    if any(one):
+        arguments.sentence, arguments.subject, arguments.object = map(compose, one)
     if any(one) and (arguments.data or arguments.out):
         raise InputError("--data and --out are for files; --sentence prints its prediction")
     if arguments.max_tokens < 1:
@@ -121,8 +133,11 @@ def default_output(runs: list[str]) -> Path:
 
 def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worker):
     labels = about[0]["labels"]
-    path = arguments.data or data_file(about[0]["data"], "test_data")
-    rows = read_rows(path)
+    path = data_file(arguments.data or about[0]["data"], "test_data")
+    log = print if worker.rank == 0 else lambda text: None
+    rows = read_rows(path, log=log, unique_ids=True)
+    note_unknown_types(rows, labels, log)
+    rows = with_label_names(rows, arguments.label_order)
     n_gold = sum(row.label is not None for row in rows)
     if n_gold == len(rows):
         rows = with_known_labels(rows, labels)

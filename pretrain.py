@@ -54,14 +54,16 @@ def choose_sentences(settings: TrainingSettings, log) -> tuple[list[str], list[s
     """(training sentences, held-out sentences, version of the data), each sentence once."""
     skipped = [] if settings.skip_bad_rows else None
     path = data_file(settings.data, "train")
-    rows, others = read_rows(path, skipped), rows_to_predict(settings.data, skipped)
+    rows = read_rows(path, skipped, log)
+    others = rows_to_predict(settings.data, skipped, log)
     sentences = list(dict.fromkeys(row.sentence for row in rows + others))
     log(f"{path}{' and test_data' if others else ''}: {len(sentences)} sentences")
     sentences, valid = subsample(sentences, settings.limit or len(sentences)), []
     if settings.valid == "":
         valid = subsample(sentences, max(1, len(sentences) // 10))
     elif settings.valid != "none":
-        valid = list(dict.fromkeys(row.sentence for row in read_rows(settings.valid, skipped)))
+        valid_rows = read_rows(settings.valid, skipped, log)
+        valid = list(dict.fromkeys(row.sentence for row in valid_rows))
     held_out = set(valid)
     sentences = [sentence for sentence in sentences if sentence not in held_out]
     if skipped:

@@ -22,7 +22,7 @@ import analysis
 import figures
 import metrics
 from common import InputError, Parser, exit_on_error, expect
-from data import MARKERS, PROMPTS, TYPE_NAMES, Template
+from data import MARKERS, PROMPTS, TYPE_NAMES, Template, with_label_names
 from page import Section, format_cell, write_report
 from rows import Row, data_file, read_rows
 
@@ -40,7 +40,8 @@ def report_data(arguments: argparse.Namespace):
         raise InputError(f"data: found {len(paths)} files, expected one or two different ones")
     names = [Path(path).name for path in paths]
     names = names if len(set(names)) == len(names) else paths
-    files = dict(zip(names, map(read_rows, paths)))
+    order = arguments.label_order
+    files = {name: with_label_names(read_rows(path), order) for name, path in zip(names, paths)}
     labelled = {name: rows for name, rows in files.items() if any(row.label for row in rows)}
     columns = {
         "label": (labelled, lambda row: row.label),
@@ -108,13 +109,16 @@ class Loaded(NamedTuple):
             print("no sentences: use --gold FILE with the rows")
 
 
-def load(paths: list[str], gold_path: str | None) -> Loaded:
+def load(paths: list[str], gold_path: str | None, label_order: str = "") -> Loaded:
     """Read files of predictions, their rows and gold labels; check that they fit together."""
     files = [metrics.read_predictions(path) for path in paths]
     metrics.check_alike(files)
     summary = metrics.read_summary(Path(paths[0]).parent)
     names = metrics.class_names(files, summary.get("labels"))
     rows = find_rows(files[0], gold_path, summary)
+    rows = rows and with_label_names(
+        rows, label_order or summary.get("settings", {}).get("label_order", "")
+    )
     for row in rows or []:
         expect(row.label, row.where, "label", row.label, "a label in each row")
     told = [row.label for row in rows] if rows else files[0].gold
@@ -138,7 +142,9 @@ def find_rows(file: metrics.Predictions, gold_path: str | None, summary: dict) -
         except (KeyError, InputError):
             return None
     skipped = [] if settings.get("skip_bad_rows") else None
-    row_of = {row.id: row for row in read_rows(gold_path, skipped)}
+    row_of = {}  # by id; in training files the first row that has it: the others are copies
+    for row in read_rows(gold_path, skipped):
+        row_of.setdefault(row.id, row)
     for line, row_id in zip(file.lines, file.ids):
         expected = f"an id of {gold_path}; use --gold FILE with the rows"
         expect(row_id in row_of, f"{file.path}:{line}", "id", row_id, expected)
@@ -156,7 +162,7 @@ def report_errors(arguments: argparse.Namespace):
     Scores with 95 % intervals, by label and by group of rows; confusions; precision-recall
     curves; the worst mistakes.
     """
-    loaded = load([arguments.file], arguments.gold)
+    loaded = load([arguments.file], arguments.gold, arguments.label_order)
     (probs, predicted), gold, labels = loaded.runs[0], loaded.gold, loaded.labels
     table = analysis.score_table(probs, predicted, gold)
     note = f"From, to: 95 % interval of {analysis.DRAWS:,} bootstrap draws."
@@ -225,7 +231,7 @@ def report_comparison(arguments: argparse.Namespace):
     a, b = (sorted(glob.glob(side)) or [side] for side in (arguments.a, arguments.b))
     if in_both := set(a) & set(b):
         raise InputError(f"{min(in_both)}: found in both A and B, expected different files")
-    loaded = load([*a, *b], arguments.gold)
+    loaded = load([*a, *b], arguments.gold, arguments.label_order)
     gold, runs_a, runs_b = loaded.gold, loaded.runs[: len(a)], loaded.runs[len(a) :]
     one_each = len(a) == len(b) == 1
     of_files = []
@@ -302,6 +308,9 @@ def parse_arguments() -> argparse.Namespace:
     for command in (errors, compare):
         text = "data file with the rows and labels (default: the one that the run used)"
         command.add_argument("--gold", metavar="FILE", help=text)
+    for command in (data, errors, compare):
+        text = "what labels that are class numbers mean, as in train.py"
+        command.add_argument("--label-order", default="", metavar="ORDER", help=text)
     return parser.parse_args()
 
 

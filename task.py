@@ -18,7 +18,7 @@ from distributed import Worker
 from encoder import FlatEncoder, add_markers, load_encoder, load_tokenizer
 from metrics import describe, negative_factor, scale_negative, score, write_predictions
 from model import RelationModel, predict, relation_loss
-from rows import data_file
+from rows import compose, data_file
 from sample.tiny_encoder import make_tiny_encoder
 from settings import Settings, TrainingSettings
 from splits import choose_rows, subsample
@@ -170,14 +170,14 @@ class RelationTask(Task):
 
     def save(self, folder: Path, scores: dict):
         """Write ckpt.pt, and valid.csv with the predictions of the last `evaluate`."""
-        data = self.settings.data
+        data = data_file(self.settings.data, "train").parent
         if not self.version["revision"]:  # a hub data set keeps its name, a file gets a full path
-            data = str(data_file(data, "train").parent.resolve())
+            data = data.resolve()
         save_checkpoint(
             folder / "ckpt.pt", self.model, self.tokenizer, labels=self.labels,
             model_options=self.settings.model_options(), template=self.template._asdict(),
             max_length=self.settings.max_length, negative_factor=self.factor,
-            run=folder.name, data=data, version=self.version, scores=scores,
+            run=folder.name, data=str(data), version=self.version, scores=scores,
         )  # fmt: skip
         if not self.valid:
             (folder / "valid.csv").unlink(missing_ok=True)  # of an earlier run
@@ -203,6 +203,7 @@ def read_focal_alpha(path: str, labels: list[str], device) -> torch.Tensor | Non
     expected = "a JSON object {label: alpha}"
     given = read_json(path, expected)
     try:
+        given = {compose(label): value for label, value in given.items()}
         unknown = [label for label in given if label not in labels]
         if unknown:
             raise ValueError(f"{unknown[0]!r} is not a label")

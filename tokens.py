@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from common import InputError
 from data import PROMPTS, TYPES, Rendered, Template
-from rows import Row
+from rows import Row, normalized
 
 # --- rows to token ids ------------------------------------------------------------------------
 
@@ -40,8 +40,9 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
 
     A prompt gets at most a quarter of `max_length` on each side. Of a sentence that does not fit
     into the rest, markers are kept first, then the words of the entities, then the tokens nearest
-    to an entity. Raises InputError if the markers alone do not fit.
+    to an entity. Raises InputError if the markers alone do not fit, or as `normalized` does.
     """
+    rows = [normalized(row) for row in rows]  # rows made in Python too
     backend = tokenizer.backend_tokenizer  # twice as fast as calling the tokenizer itself
     separator = tokenizer.sep_token or tokenizer.eos_token or ""
     rendered = [template.render(row, separator) for row in rows]

@@ -3,6 +3,7 @@
 import ast
 import copy
 import csv
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -75,6 +76,22 @@ def row(sentence, subject, object, label="no_relation", id="0", types=("PER", "O
         word, start = found if isinstance(found, tuple) else (found, sentence.index(found))
         entities.append(Entity(word, start, start + len(word) - 1, kind))
     return Row(id, sentence, *entities, label, "", f"f:{id}")
+
+
+def nfd(text):
+    return unicodedata.normalize("NFD", text)
+
+
+def decomposed(row):
+    """The row in NFD, with offsets that count the characters of the NFD."""
+
+    def entity(e):
+        start, word = len(nfd(row.sentence[: e.start])), nfd(e.word)
+        return Entity(word, start, start + len(word) - 1, e.type and nfd(e.type))
+
+    sentence, label = nfd(row.sentence), row.label and nfd(row.label)
+    entities = entity(row.subject), entity(row.object)
+    return Row(row.id, sentence, *entities, label, nfd(row.source), row.where)
 
 
 def write_rows(path, rows):

@@ -3,17 +3,19 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from common import InputError
 from data import KLUE_LABELS, MARKERS, PROMPTS, Template, particle
 from encoder import load_tokenizer
 from metrics import read_predictions
-from rows import COLUMNS, Entity, Row, read_rows
+from rows import COLUMNS, Entity, Row, compose, read_rows
+from tests.helpers import decomposed, write_rows
 from tokens import encode
 
 HEADER = [*COLUMNS, "label", "source"]
@@ -53,7 +55,7 @@ def check_rows(path):
 @fuzz
 @given(content=st.binary(max_size=300))
 def test_any_bytes(tmp_path, content):
-    for name in ("a.csv", "a.json", "a.jsonl"):
+    for name in ("a.csv", "a.tsv", "a.json", "a.jsonl", "a.parquet"):
         (tmp_path / name).write_bytes(content)
         check_rows(tmp_path / name)
 
@@ -108,9 +110,10 @@ def test_hostile_literals(tmp_path, literal):
 
 @st.composite
 def rows(draw):
-    alphabet = "김각가힣ab1 .()@#*^[]\u200b𝒦\u1100\u1161\n"
+    alphabet = "김각가힣ab1 .()@#*^[]\u200b𝒦\u1100\u1161\u119e\néㅋ\u0307\u0323\uf9e1\uffa1"
     sentence = draw(st.text(alphabet=alphabet, min_size=2, max_size=80))
-    sentence = sentence * draw(st.sampled_from([1, 1, 1, 40]))
+    sentence = compose(sentence * draw(st.sampled_from([1, 1, 1, 40])))
+    assume(len(sentence) > 1)
     offset = st.integers(0, len(sentence) - 1)
     span = st.tuples(offset, offset).map(sorted).map(tuple)
     kind = st.sampled_from(["PER", "ORG", "새"])
@@ -142,6 +145,25 @@ def test_any_entities_are_marked_at_their_offsets(encoder_folder, row, marker, p
     found = example.marker_starts + example.marker_ends
     assert all(0 <= token < len(example.ids) for token in found)
     assert example.entities.shape == (2, len(example.ids))
+
+
+@fuzz
+@given(row=rows())
+def test_any_row_is_the_same_in_nfd(encoder_folder, tmp_path, row):
+    for name, written in (("a", row), ("b", decomposed(row))):
+        write_rows(tmp_path / f"{name}.csv", [written])
+    try:
+        (found,) = read_rows(tmp_path / "a.csv")
+    except InputError as error:  # a combining mark on its own, or white space only
+        reason = str(error).partition(": ")[2]
+        with pytest.raises(InputError, match=re.escape(reason.partition(":")[0])):
+            read_rows(tmp_path / "b.csv")
+        return
+    assert found[:-1] == row[:-1]
+    assert read_rows(tmp_path / "b.csv")[0][:-1] == row[:-1]
+    tokenizer = load_tokenizer(str(encoder_folder))
+    examples, _ = encode([row, decomposed(row)], Template(), tokenizer, KLUE_LABELS, 96)
+    assert len({tuple(example.ids) for example in examples}) == 1
 
 
 @fuzz

@@ -8,7 +8,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import attention
-from graphs import EagerRecorder, GraphedForward, GraphStep
+from graph_step import GraphStep
+from graphs import EagerRecorder, GraphedForward
 from model import RelationModel, relation_loss
 from pretrain import MaskedTokenTask, PretrainingSettings
 from settings import Settings

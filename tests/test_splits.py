@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from common import InputError
-from data import KLUE_LABELS
+from data import KLUE_LABELS, LABEL_ORDERS
 from pretrain import PretrainingSettings, choose_sentences
 from rows import read_rows
 from settings import Settings
 from splits import DATA_SEED, choose_rows, clean, fold, split, subsample
-from tests.helpers import SAMPLE, row
+from tests.helpers import SAMPLE, row, write_rows
 
 # --- cleaning ---------------------------------------------------------------------------------
 
@@ -37,6 +37,12 @@ def test_which_of_contradictory_rows_cleaning_keeps(labels, kept):
     assert len(removed) == len(labels) - 1
     swapped = row(sentence, "이", "김", id="9")
     assert [r.id for r in clean([*repeated, swapped])[0]] == [kept, "9"]
+
+
+def test_cleaning_keeps_rows_that_share_an_id_with_a_removed_one():
+    rows = [row(text, "김", "이", id="7") for text in ("김은 이를 만났다", "김과 이", "김과 이")]
+    assert clean(rows) == (rows[:2], rows[2:])
+    assert clean(rows)[0][1] is rows[1]
 
 
 # --- splits and folds -------------------------------------------------------------------------
@@ -164,6 +170,35 @@ def test_no_sentence_of_a_validation_file_is_trained_on(tmp_path, capsys):
         choose_rows(replace(settings, valid=str(SAMPLE / "train.csv")), print)
 
 
+def augmented(rows):
+    """Each row, then a paraphrase of it with the same id."""
+    for r in rows:
+        yield r
+        yield r._replace(sentence=f"{r.sentence} 한편 그렇다.")
+
+
+@pytest.mark.parametrize("options", [{}, {"split": "stratified"}, {"folds": 5, "fold": 1}])
+def test_copies_of_a_row_have_its_id_and_are_never_beside_it_in_validation(tmp_path, rows, options):
+    write_rows(tmp_path / "train.csv", augmented(rows))
+    messages = []
+    chosen = choose_rows(Settings(data=str(tmp_path), **options), messages.append)
+    text = "\n".join(messages)
+    assert f"train.csv: {len(rows)} rows repeat the id of an earlier row: for training" in text
+    valid_ids = [r.id for r in chosen.valid]
+    assert len(set(valid_ids)) == len(valid_ids) > 100
+    assert not any(r.sentence.endswith("한편 그렇다.") for r in chosen.valid)
+    assert not set(valid_ids) & {r.id for r in chosen.train}
+    copies = [r for r in chosen.train if r.sentence.endswith("한편 그렇다.")]
+    left_out = int(re.search(r"left out (\d+) rows that repeat a validation row", text)[1])
+    assert len(copies) + left_out <= len(rows)
+    assert len(copies) > 0.6 * len(rows)
+    if options == {}:
+        pairs = [{(r.subject.word, r.object.word) for r in x} for x in (chosen.train, chosen.valid)]
+        assert not pairs[0] & pairs[1]
+    everything = choose_rows(Settings(data=str(tmp_path), valid="none", clean=False), print)
+    assert len(everything.train) == 2 * len(rows)
+
+
 def test_a_fold_is_taken_from_the_cleaned_rows():
     chosen = choose_rows(Settings(data=str(SAMPLE), folds=5, fold=3), print)
     cleaned, _ = clean(read_rows(SAMPLE / "train.csv"))
@@ -183,6 +218,27 @@ def test_bad_rows_are_an_error_unless_they_are_skipped(tmp_path, choose, kind):
         choose(settings, messages.append)
     choose(replace(settings, skip_bad_rows=True), messages.append)
     assert any(text.startswith("left out 1 bad rows, the first: ") for text in messages)
+
+
+def test_class_numbers_in_training_and_validation_files_get_their_names(tmp_path, rows):
+    some = {"train": rows[:300], "valid": rows[300:400]}
+    for name, part in some.items():
+        written = [r._replace(label=LABEL_ORDERS["klue"].index(r.label)) for r in part]
+        write_rows(tmp_path / f"{name}.csv", written)
+    settings = Settings(data=str(tmp_path), valid=str(tmp_path / "valid.csv"), label_order="klue")
+    chosen = choose_rows(settings, print)
+    assert [r.label for r in chosen.valid] == [r.label for r in some["valid"]]
+    assert [r.label for r in chosen.train] == [r.label for r in some["train"]]
+    with pytest.raises(
+        InputError, match=r"train.csv:2: label: found 24, a class number, .*--label"
+    ):
+        choose_rows(replace(settings, label_order=""), print)
+
+
+def test_if_all_training_rows_are_bad_the_message_says_why(tmp_path, rows):
+    write_rows(tmp_path / "train.csv", [r._replace(label="") for r in rows[:9]])
+    with pytest.raises(InputError, match=r"train.csv: all 9 rows are bad; the first: .*csv:2: lab"):
+        choose_rows(Settings(data=str(tmp_path), skip_bad_rows=True), print)
 
 
 def test_the_share_of_negatives_is_given_or_that_of_the_file_or_of_klue_re(tmp_path, rows):
