@@ -19,7 +19,7 @@ from tokens import Batch
 
 
 def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, scaling=None,
-                   sliding_window=None, **_):  # fmt: skip
+                   sliding_window=None, softcap=None, **_):  # fmt: skip
     """Attention of each sentence of a flat batch to itself; transformers' attention interface.
 
     query: (1, heads, T, head_dim); key and value may have fewer heads, each shared by several
@@ -29,6 +29,8 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
     than w positions. There is no dropout on attention weights: the GPU kernel has none, and
     training should be the same on every device.
     """
+    if softcap is not None:
+        raise NotImplementedError("flat attention does not cap its scores")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings return fp32
     causal = getattr(module, "is_causal", False)
     if query.shape[1] > key.shape[1]:
@@ -136,8 +138,8 @@ def half_on_cpu(module, inputs, output: torch.Tensor) -> torch.Tensor:
     On CPUs the fp32 additions, norms and casts take a tenth of a step. CUDA's autocast runs norms
     in fp32 in any case.
     """
-    if output.is_cuda or not torch.is_autocast_enabled("cpu"):
-        return output
+    if isinstance(output, tuple) or output.is_cuda or not torch.is_autocast_enabled("cpu"):
+        return output  # LiLT's embeddings return a tuple
     return output.to(torch.get_autocast_dtype("cpu"))
 
 

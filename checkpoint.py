@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from common import InputError, atomic_write
 from distributed import Worker
+from encoder import text_encoder
 from model import RelationModel
 from settings import TrainingSettings
 
@@ -87,6 +88,7 @@ def restore(checkpoint: dict):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config = AutoConfig.for_model(**json.loads(checkpoint["encoder"]))
     encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    encoder = text_encoder(encoder)
     model = RelationModel(encoder, len(checkpoint["labels"]), **checkpoint["model_options"])
     model.load_state_dict(checkpoint["weights"])
     return model.eval(), tokenizer

@@ -69,7 +69,7 @@ def predict_rows(checkpoint: dict, rows: list[Row], worker: Worker, max_tokens: 
     examples, n_truncated = encode(rows, template, tokenizer, checkpoint["labels"], max_length)
     if n_truncated and worker.rank == 0:
         print(f"{n_truncated} rows truncated to {max_length} tokens")
-    probs = predict(model.to(worker.device), examples, worker, max_tokens)
+    probs = predict(model.place(worker), examples, worker, max_tokens)
     return scale_negative(probs, checkpoint["negative_factor"])
 
 

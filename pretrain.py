@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from common import InputError, atomic_write, exit_on_error
 from distributed import Worker
-from encoder import FlatEncoder, from_pretrained, load_tokenizer
+from encoder import FlatEncoder, check_weights, from_pretrained, load_tokenizer, text_encoder
 from rows import data_file, read_rows, rows_to_predict, version
 from settings import TrainingSettings, parse_settings, setting
 from splits import DATA_SEED, subsample
@@ -148,6 +148,10 @@ def load_language_model(name: str) -> tuple[nn.Module, bool]:
     """
     options = {"dtype": torch.float32, "output_loading_info": True}
     model, info = from_pretrained(AutoModelForMaskedLM, name, **options)
+    if text_encoder(model.base_model) is not model.base_model:
+        expected = "expected an encoder without a decoder"
+        raise InputError(f"--model {name}: found a {model.config.model_type}, {expected}")
+    check_weights(name, model, model.base_model, info)
     return model, bool(info["missing_keys"])
 
 

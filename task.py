@@ -67,7 +67,10 @@ class Task:
         if self.settings.max_length > model.max_length:
             found = f"{self.settings.model} takes at most {model.max_length} tokens"
             raise InputError(f"--max-length {self.settings.max_length}: {found}")
-        self.model = model.to(self.worker.device)
+        if model.frozen:
+            n, first = len(model.frozen), model.frozen[0]
+            self.log(f"{n} weights of the encoder have no effect and are frozen, such as {first}")
+        self.model = model.place(self.worker)
 
     def set_hash(self, examples: list, *more):
         """Hash the examples and the encoder's weights: a run must resume with the same ones.
