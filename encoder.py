@@ -5,7 +5,7 @@
 
 Encoders on transformers' attention interface (BERT, RoBERTa, XLM-R, ELECTRA, ModernBERT, …, and
 decoders such as GPT-2 and Llama) read flat batches through attention.py. Others (DeBERTa-v2) are
-padded inside FlatEncoder.encode.
+padded inside FlatEncoder.encode. Which way is right for an encoder is found by trying it.
 """
 
 import math

@@ -30,6 +30,7 @@ from splits import DATA_SEED, subsample
 from task import Task
 from tokens import Batch, Example, collate, to_device, within_tokens
 from train import run
+from vocabulary import unknown_in_sentences
 
 
 @dataclass
@@ -174,6 +175,8 @@ class MaskedTokenTask(Task):
         self.lengths = np.array([len(example.ids) for example in self.examples])
         self.n_targets = np.array([n_masked(example) for example in self.examples])
         self.log_lengths("sentences", len(valid), n_cut + n_valid_cut)
+        for line in unknown_in_sentences(self.tokenizer, sentences):
+            log(line)
 
         torch.manual_seed(settings.seed)
         language_model, head_is_new = load_language_model(settings.model)

@@ -23,6 +23,7 @@ from sample.tiny_encoder import make_tiny_encoder
 from settings import Settings, TrainingSettings
 from splits import choose_rows, subsample
 from tokens import collate, encode
+from vocabulary import unknown_in_rows
 
 
 class Task:
@@ -122,6 +123,8 @@ class RelationTask(Task):
         self.lengths = np.array([len(example.ids) for example in self.examples])
         self.n_targets = np.ones(len(rows), dtype=int)
         self.log_lengths("rows", len(self.valid), n_cut + n_valid_cut)
+        for line in unknown_in_rows(self.tokenizer, rows, self.template):
+            log(line)
 
         torch.manual_seed(settings.seed)
         encoder = load_encoder(settings.model, range(n_pretrained, len(self.tokenizer)))

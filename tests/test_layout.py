@@ -13,7 +13,7 @@ FLOORS = (
     {"distributed", "rows"},
     {"data"},
     {"metrics", "page", "settings", "tokens"},
-    {"analysis", "attention", "splits"},
+    {"analysis", "attention", "splits", "vocabulary"},
     {"encoder", "figures"},
     {"model"},
     {"checkpoint"},
