@@ -57,10 +57,7 @@ def load_encoder(name: str, added_tokens: range = range(0)) -> nn.Module:
     The embeddings of `added_tokens`, ids that follow the pretrained ones, start as the mean of the
     pretrained embeddings.
     """
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, info = from_pretrained(AutoModel, name, **options)
-    encoder = text_encoder(model)
-    check_weights(name, model, encoder, info)
+    _, encoder, _ = load_model(AutoModel, name)
     n_embeddings = len(input_embeddings(encoder).weight)
     if added_tokens.start > n_embeddings:
         found = f"its tokenizer has {added_tokens.start} tokens, the encoder only {n_embeddings}"
@@ -79,9 +76,18 @@ def text_encoder(model: nn.Module) -> nn.Module:
     return model.encoder if all(isinstance(part, PreTrainedModel) for part in parts) else model
 
 
-def check_weights(name: str, model: nn.Module, encoder: nn.Module, info: dict):
-    """InputError if the files do not have all weights of `encoder`, a part of `model`, or more
-    layers of it than config.json says. `info` is what from_pretrained found."""
+def load_model(auto_class, name: str) -> tuple[nn.Module, nn.Module, bool]:
+    """(model with fp32 weights, its encoder, whether weights of its head are new).
+
+    InputError if the files do not have exactly the weights of the encoder that config.json
+    describes: what is missing would be random.
+    """
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = from_pretrained(auto_class, name, ignore_mismatched_sizes=True, **options)
+    encoder = text_encoder(model.base_model)
+    for weight, found, expected in sorted(info["mismatched_keys"]):
+        problem = f"{weight} has the shape {tuple(found)}, by config.json {tuple(expected)}"
+        raise InputError(f"--model {name}: {problem}; expected files of one encoder")
     needed = {id(p) for n, p in encoder.named_parameters() if not n.startswith("pooler.")}
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in needed]
     if missing := sorted(set(names) & set(info["missing_keys"])):
@@ -92,6 +98,7 @@ def check_weights(name: str, model: nn.Module, encoder: nn.Module, info: dict):
     if more := sorted(n for n in others if re.sub(r"\d+", "N", n) in kinds):
         found = f"its files have weights of more layers than its config.json, such as {more[0]}"
         raise InputError(f"--model {name}: {found}; correct config.json, or remove the weights")
+    return model, encoder, bool(info["missing_keys"])
 
 
 def input_embeddings(encoder: nn.Module) -> nn.Module:
@@ -112,6 +119,8 @@ def load_tokenizer(name: str):
         raise InputError(f"--model {name}: found a slow tokenizer, expected {needs}")
     tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json enable both
     tokenizer.backend_tokenizer.no_padding()
+    if not tokenizer.backend_tokenizer.encode("가", add_special_tokens=False).ids:
+        raise InputError(f"--model {name}: its tokenizer drops Hangul: '가' gives no token")
     return tokenizer
 
 
@@ -219,7 +228,7 @@ class FlatEncoder(nn.Module):
         if not positions.found:
             limit = getattr(config, "max_position_embeddings", None) or 0
             self.max_length = limit if limit > 0 else math.inf
-        self._probe, used = batch, _with_gradient(states)
+        self.probe, used = batch, _with_gradient(states)
         self.frozen = [
             name for name, p in encoder.named_parameters() if p.requires_grad and p not in used
         ]
@@ -232,7 +241,7 @@ class FlatEncoder(nn.Module):
         self.to(worker.device).eval()
         try:
             with worker.autocast():
-                finite = self.encode(self._probe.to(worker.device)).isfinite().all()
+                finite = self.encode(self.probe.to(worker.device)).isfinite().all()
             problem = None if finite else "its states are not finite"
         except RuntimeError as error:
             problem = first_line(error)

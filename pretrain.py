@@ -21,9 +21,9 @@ from torch import nn
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from common import InputError, atomic_write, exit_on_error
+from common import InputError, atomic_write, exit_on_error, first_line
 from distributed import Worker
-from encoder import FlatEncoder, check_weights, from_pretrained, load_tokenizer, text_encoder
+from encoder import FlatEncoder, load_model, load_tokenizer
 from rows import data_file, read_rows, rows_to_predict, version
 from settings import TrainingSettings, parse_settings, setting
 from splits import DATA_SEED, subsample
@@ -130,6 +130,14 @@ class MaskedLanguageModel(FlatEncoder):
         super().__init__(language_model.base_model)
         self.head = language_model
         setattr(language_model, language_model.base_model_prefix, _GivenStates())
+        try:
+            with torch.no_grad():
+                self(self.probe, torch.tensor([1]))
+        except Exception as error:  # a head may need more than the states
+            kind, found = language_model.config.model_type, first_line(error)
+            raise InputError(
+                f"--model: the language-model head of a {kind} fails: {found}"
+            ) from error
 
     def forward(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(inputs_embeds=self.encode_only(batch, tokens)[None]).logits[0]
@@ -147,13 +155,11 @@ def load_language_model(name: str) -> tuple[nn.Module, bool]:
 
     A head that the files do not have is initialised, and tied to the input embeddings.
     """
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, info = from_pretrained(AutoModelForMaskedLM, name, **options)
-    if text_encoder(model.base_model) is not model.base_model:
+    model, encoder, head_is_new = load_model(AutoModelForMaskedLM, name)
+    if encoder is not model.base_model:
         expected = "expected an encoder without a decoder"
         raise InputError(f"--model {name}: found a {model.config.model_type}, {expected}")
-    check_weights(name, model, model.base_model, info)
-    return model, bool(info["missing_keys"])
+    return model, head_is_new
 
 
 # --- task -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from checkpoint import save_checkpoint
 from common import InputError, read_json
 from data import Template
 from distributed import Worker
-from encoder import FlatEncoder, add_markers, load_encoder, load_tokenizer
+from encoder import FlatEncoder, add_markers, input_embeddings, load_encoder, load_tokenizer
 from metrics import describe, negative_factor, scale_negative, score, write_predictions
 from model import RelationModel, predict, relation_loss
 from rows import data_file
@@ -71,6 +71,12 @@ class Task:
         if model.frozen:
             n, first = len(model.frozen), model.frozen[0]
             self.log(f"{n} weights of the encoder have no effect and are frozen, such as {first}")
+        n_tokens, n_rows = len(self.tokenizer), len(input_embeddings(model.encoder).weight)
+        sizes = f"the tokenizer has {n_tokens} tokens, the encoder embeddings for {n_rows}"
+        if n_tokens > n_rows:
+            raise InputError(f"--model {self.settings.model}: {sizes}")
+        if n_tokens < 0.9 * n_rows:  # many encoders have some in reserve
+            self.log(f"WARNING: {sizes}; are their files of one encoder?")
         self.model = model.place(self.worker)
 
     def set_hash(self, examples: list, *more):

@@ -4,6 +4,7 @@ for line in unknown_in_rows(tokenizer, rows, Template()):
     print(line)
 """
 
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from rows import Row
 
 SAMPLE = 1000  # texts that are looked at
 FEW = 0.02  # share of unknown tokens that needs a reason
+SEE = "see post_processor in its tokenizer.json"
 
 
 def unknown_in_rows(tokenizer, rows: list[Row], template: Template) -> list[str]:
@@ -33,23 +35,25 @@ def unknown_tokens(tokenizer, rendered: list[Rendered]) -> list[str]:
     """Lines about unknown tokens in these texts; none if there are none.
 
     The share of all tokens; above a few per cent the likely reason; what of the markers and the
-    prompt is unknown. A character that the tokenizer drops counts as an unknown token.
+    prompt is unknown; a [CLS] that is not added. A dropped character counts as an unknown token.
     """
-    backend, n_tokens = tokenizer.backend_tokenizer, 0
+    backend, n_known = tokenizer.backend_tokenizer, 0
     texts = [(r, text) for r in rendered for text in (r.text, r.before, r.after) if text]
     encodings = backend.encode_batch([text for _, text in texts], add_special_tokens=False)
     unknown, found, of_template = _unknown_id(tokenizer), Counter(), Counter()
     for (r, text), encoding in zip(texts, encodings):
         places = _unknown_places(text, encoding, unknown)
-        n_tokens += len(encoding.ids)
+        n_known += len(encoding.ids) - encoding.ids.count(unknown)
         for start, end in places:
             piece = text[start:end]
-            marked = ((a, b) for span in r.spans for a, b in (span[:2], span[2:]))
-            is_marker = text is r.text and any(a < end and start < b for a, b in marked)
-            is_prompt = text is not r.text and piece not in r.text
+            markers = (text[a:b] for span in r.spans for a, b in (span[:2], span[2:])
+                       if a < end and start < b)  # fmt: skip
+            is_marker = text is r.text and any(piece.strip() in marker for marker in markers)
+            words = (w for span in r.spans for w in re.findall(r"\w+", r.text[span[1] : span[2]]))
+            is_prompt = text is not r.text and not any(word in piece for word in words)
             (of_template if is_marker or is_prompt else found)[piece] += 1
     n_unknown = found.total() + of_template.total()
-    lines, share = [], n_unknown / max(n_tokens, n_unknown, 1)
+    lines, share = [], n_unknown / max(n_known + n_unknown, 1)
     if share:
         lines.append(f"{share:.2%} of the tokens are unknown to the tokenizer")
     if share > FEW:
@@ -59,6 +63,9 @@ def unknown_tokens(tokenizer, rendered: list[Rendered]) -> list[str]:
         problem = "the tokenizer does not know all of the entity markers and the prompt"
         hint = "see --marker and --prompt"
         lines.append(f"WARNING: {problem}: {_shown(of_template)}; {hint}")
+    first = tokenizer.cls_token
+    if first and tokenizer.cls_token_id not in tokenizer("가")["input_ids"]:
+        lines.append(f"WARNING: the tokenizer does not add its {first} to a sentence; {SEE}")
     return lines
 
 

@@ -17,6 +17,7 @@ from common import InputError
 from distributed import Worker
 from encoder import PROVEN, FlatEncoder, load_encoder, load_tokenizer, text_encoder
 from model import RelationModel, predict
+from pretrain import MaskedLanguageModel, load_language_model
 from settings import Settings, parse_settings
 from task import RelationTask
 from tests.helpers import (
@@ -300,6 +301,46 @@ def test_fewer_layers_than_the_weights_have_are_refused(encoder_folder, tmp_path
         load_encoder(str(folder))
 
 
+@pytest.mark.parametrize("n", [100, 600])
+def test_a_config_with_other_sizes_than_the_weights_names_the_weight(encoder_folder, tmp_path, n):
+    load_encoder(str(encoder_folder)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": n}))
+    found = rf"position_embeddings.weight has the shape \(512, 128\), by config.json \({n}, 128\);"
+    for load in (load_encoder, load_language_model):
+        with pytest.raises(InputError, match=found):
+            load(str(tmp_path))
+
+
+def test_a_language_model_whose_encoder_has_no_weights_is_refused(encoder_folder, tmp_path):
+    config = load_encoder(str(encoder_folder)).config
+    model = transformers.AutoModelForMaskedLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if ".layer.1." not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lack 16 of 38 weights, such as bert.encoder.layer.1."):
+        load_language_model(str(tmp_path))
+
+
+def test_language_models_that_need_more_than_states_are_refused():
+    torch.manual_seed(0)
+    model = transformers.AutoModelForMaskedLM.from_config(OTHERS["longformer"][0])
+    with pytest.raises(InputError, match="the language-model head of a longformer fails: "):
+        MaskedLanguageModel(model)
+
+
+def test_weights_of_another_version_are_one_line(encoder_folder, tmp_path):
+    tokenizer, options = load_tokenizer(str(encoder_folder)), {"head": "entity"}
+    model = RelationModel(load_encoder(str(encoder_folder)), 3, **options)
+    rest = {"labels": ["a", "b", "c"], "model_options": options}
+    save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer, **rest)
+    content = load_checkpoint(tmp_path / "ckpt.pt")
+    content["weights"]["encoder.old_name"] = content["weights"].popitem()[1]
+    with pytest.raises(InputError, match=r"weights do not fit transformers .*: Missing key"):
+        restore(content)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(encoder_folder):
     n = load_encoder(str(encoder_folder)).get_input_embeddings().num_embeddings
     load_encoder(str(encoder_folder), range(n, n))
@@ -346,3 +387,11 @@ def test_frozen_weights_are_said_and_a_run_with_them_resumes(call, longformer_fo
 def test_frozen_weights_do_not_stop_two_processes(run, longformer_folder):
     options = f"--data {SAMPLE} --model {longformer_folder} --limit 40 --batch-size 20 --epochs 2"
     run("train.py", *options.split(), "--valid", "none", "--amp", "off", processes=2)
+
+
+def test_a_tokenizer_far_smaller_than_the_encoder_is_said(call, encoder_folder, tmp_path):
+    load_encoder(str(encoder_folder), range(4000, 8000)).save_pretrained(tmp_path / "encoder")
+    load_tokenizer(str(encoder_folder)).save_pretrained(tmp_path / "encoder")
+    options = f"--data {SAMPLE} --model encoder --limit 20 --batch-size 20 --epochs 1 --amp off"
+    printed = call(train, *options.split(), "--valid", "none")
+    assert "tokens, the encoder embeddings for 8000; are their files of" in printed.out

@@ -11,6 +11,7 @@ import infer
 import pretrain
 import report
 import train
+from common import InputError
 from data import Template
 from encoder import load_encoder, load_tokenizer
 from tests.helpers import SAMPLE
@@ -26,14 +27,13 @@ def saved(tokenizer, folder, **special):
     return load_tokenizer(str(folder))
 
 
-def word_piece(folder, texts, known=lambda character: True):
+def word_piece(folder, texts, known=lambda character: True, **special):
     """A WordPiece tokenizer that knows the single characters of these texts."""
     letters = sorted({c for text in texts for c in text if not c.isspace() and known(c)})
     names = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters)]
     tokenizer = Tokenizer(models.WordPiece({n: i for i, n in enumerate(names)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
-    return saved(tokenizer, folder, **special, sep_token="[SEP]")
+    return saved(tokenizer, folder, unk_token="[UNK]", **special)
 
 
 @pytest.fixture
@@ -117,9 +117,11 @@ def test_unknown_characters_of_markers_and_prompt_are_named(tmp_path, rows):
 
 
 def test_text_that_a_tokenizer_drops_counts_as_unknown(tmp_path):
-    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
-    line, *_ = unknown_in_sentences(saved(tokenizer, tmp_path, eos_token="</s>"), ["ab서울", "ab"])
-    assert line.startswith("WARNING: 50.00% of the tokens are unknown")
+    tokenizer = Tokenizer(models.BPE({"a": 0, "가": 1, "</s>": 2}, []))
+    line, *_ = unknown_in_sentences(
+        saved(tokenizer, tmp_path, eos_token="</s>"), ["a가서울", "a가"]
+    )
+    assert line.startswith("WARNING: 33.33% of the tokens are unknown")
 
 
 def test_byte_level_tokenizers_know_everything(tmp_path):
@@ -128,3 +130,15 @@ def test_byte_level_tokenizers_know_everything(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = saved(tokenizer, tmp_path, eos_token="<end>", unk_token="<end>")
     assert unknown_in_sentences(tokenizer, [*SENTENCES, "漢 𐎀 <end>"]) == []
+
+
+def test_special_tokens_that_are_not_added_are_named(tmp_path):
+    tokenizer = word_piece(tmp_path, SENTENCES, cls_token="[CLS]")
+    (line,) = unknown_in_sentences(tokenizer, SENTENCES)
+    assert line.startswith("WARNING: the tokenizer does not add its [CLS] to a sentence; see post")
+
+
+def test_a_tokenizer_that_drops_hangul_is_refused(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    with pytest.raises(InputError, match=r"its tokenizer drops Hangul: '가' gives no token"):
+        saved(tokenizer, tmp_path)
