@@ -214,6 +214,7 @@ class FlatEncoder(nn.Module):
             if gap < 1e-4:
                 break
             problem = f"changes a sentence's states by {gap:.2g} with the others of its batch"
+            problem += ", or with --entity-embedding" if self.entity_embeddings else ""
         else:
             raise _refusal(encoder, problem)
 
@@ -248,7 +249,7 @@ class FlatEncoder(nn.Module):
         if problem:
             name = {kind: name for name, kind in DTYPES.items()}[worker.amp]
             found = f"a {self.encoder.config.model_type} fails in this precision: {problem}"
-            raise InputError(f"--amp {name}: {found}; try --amp off")
+            raise InputError(f"--amp {name}: {found}{'; try --amp off' if worker.amp else ''}")
         return self
 
     def encode(self, batch: Batch) -> torch.Tensor:

@@ -160,6 +160,15 @@ def test_encoders_that_cannot_be_right_are_refused(family):
     assert "\n" not in str(raised.value)
 
 
+def test_embeddings_that_are_not_what_the_encoder_reads_are_refused():
+    config = transformers.EsmConfig(**SMALL, pad_token_id=1, mask_token_id=4)
+    torch.manual_seed(0)
+    encoder = transformers.AutoModel.from_config(config)  # it scales the embeddings of token ids
+    assert RelationModel(copy.deepcopy(encoder), 30).first_position == 2
+    with pytest.raises(InputError, match="or with --entity-embedding; expected one of"):
+        RelationModel(encoder, 30, entity_embedding="plain")
+
+
 def test_the_families_that_a_refusal_names_are_the_tested_ones():
     assert (*FAMILIES, *DECODERS) == PROVEN
 
@@ -263,7 +272,7 @@ def test_states_that_overflow_are_refused():
     model = FlatEncoder(encoder)
     model.place(CPU)
     encoder.final_layer_norm.weight.data *= 1e30
-    with pytest.raises(InputError, match=r"--amp off: a mt5 fails .*: its states are not finite"):
+    with pytest.raises(InputError, match=r"--amp off: a mt5 fails .*: its states are not finite$"):
         model.place(CPU)
 
 
