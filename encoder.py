@@ -280,7 +280,8 @@ class FlatEncoder(nn.Module):
         In BERT's family the last layer works on each token by itself after its attention. That
         part is computed for `tokens` only.
         """
-        if self.encoder.config.model_type not in ("bert", "electra", "roberta", "xlm-roberta"):
+        family = self.encoder.config.model_type
+        if not self.is_flat or family not in ("bert", "electra", "roberta", "xlm-roberta"):
             return self.encode(batch)[tokens]
         output = self.encoder.encoder.layer[-1].attention.output
         select = output.register_forward_pre_hook(lambda _, x: tuple(s[:, tokens] for s in x))

@@ -190,7 +190,10 @@ class AddNeighbour(torch.nn.Module):
 def test_the_padded_way_is_used_where_only_the_flat_one_mixes_sentences():
     encoder = encoder_of("bert")
     encoder.embeddings.dropout = AddNeighbour(wraps=False)
-    assert not FlatEncoder(encoder).is_flat
+    model = FlatEncoder(encoder)
+    assert not model.is_flat
+    batch, tokens = collate(examples_of((9, 4)), np.arange(2)), torch.tensor([0, 8, 9, 12])
+    torch.testing.assert_close(model.encode_only(batch, tokens), model.encode(batch)[tokens])
     encoder.embeddings.dropout = AddNeighbour(wraps=True)  # padding reaches the first token
     with pytest.raises(InputError, match="changes a sentence's states"):
         FlatEncoder(encoder)
