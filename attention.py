@@ -20,7 +20,7 @@ from tokens import Batch
 
 
 def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, scaling=None,
-                   sliding_window=None, **_):  # fmt: skip
+                   sliding_window=None, softcap=None, **_):  # fmt: skip
     """Attention of each sentence of a flat batch to itself; transformers' attention interface.
 
     query: (1, heads, T, head_dim); key and value may have fewer heads, each shared by several
@@ -30,6 +30,8 @@ def flat_attention(module, query, key, value, attention_mask, *, flat: Batch, sc
     than w positions. There is no dropout on attention weights: the GPU kernel has none, and
     training should be the same on every device.
     """
+    if softcap is not None:
+        raise NotImplementedError("flat attention does not cap its scores")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings return fp32
     causal = getattr(module, "is_causal", False)
     if query.shape[1] > key.shape[1]:
@@ -142,6 +144,8 @@ def half_residual(module, inputs, output: torch.Tensor) -> torch.Tensor:
     fp32 additions, norms and casts take a tenth of a step on CPUs, and more on GPUs. The residual
     stream of fp16 on GPUs stays fp32: its range is too small for some encoders.
     """
+    if isinstance(output, tuple):  # LiLT's
+        return output
     device = output.device.type
     if not torch.is_autocast_enabled(device):
         return output

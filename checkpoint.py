@@ -20,10 +20,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from common import InputError, atomic_write
 from distributed import Worker
+from encoder import text_encoder
 from model import RelationModel
 from settings import TrainingSettings
 
@@ -87,8 +89,14 @@ def restore(checkpoint: dict):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config = AutoConfig.for_model(**json.loads(checkpoint["encoder"]))
     encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    encoder = text_encoder(encoder)
     model = RelationModel(encoder, len(checkpoint["labels"]), **checkpoint["model_options"])
-    model.load_state_dict(checkpoint["weights"])
+    try:
+        model.load_state_dict(checkpoint["weights"])
+    except RuntimeError as error:  # other versions may name or shape weights differently
+        found = str(error).splitlines()[1].strip()[:200]
+        version = f"transformers {transformers.__version__}"
+        raise InputError(f"the checkpoint's weights do not fit {version}: {found}") from error
     return model.eval(), tokenizer
 
 

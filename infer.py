@@ -31,6 +31,7 @@ from metrics import describe, scale_negative, score, write_predictions
 from model import predict
 from rows import Entity, Row, compose, data_file, read_rows
 from tokens import encode
+from vocabulary import unknown_in_rows
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,9 +80,12 @@ def predict_rows(checkpoint: dict, rows: list[Row], worker: Worker, max_tokens: 
     model, tokenizer = restore(checkpoint)
     template, max_length = Template(**checkpoint["template"]), checkpoint["max_length"]
     examples, n_truncated = encode(rows, template, tokenizer, checkpoint["labels"], max_length)
-    if n_truncated and worker.rank == 0:
-        print(f"{n_truncated} rows truncated to {max_length} tokens")
-    probs = predict(model.to(worker.device), examples, worker, max_tokens)
+    said = unknown_in_rows(tokenizer, rows, template)
+    if n_truncated:
+        said.append(f"{n_truncated} rows truncated to {max_length} tokens")
+    if worker.rank == 0:
+        print(*(f"{line}\n" for line in said), sep="", end="")
+    probs = predict(model.place(worker), examples, worker, max_tokens)
     return scale_negative(probs, checkpoint["negative_factor"])
 
 

@@ -22,15 +22,16 @@ from torch import nn
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from common import InputError, atomic_write, exit_on_error
+from common import InputError, atomic_write, exit_on_error, first_line
 from distributed import Worker
-from encoder import FlatEncoder, from_pretrained, load_tokenizer
+from encoder import FlatEncoder, load_model, load_tokenizer
 from rows import data_file, read_rows, rows_to_predict, version
 from settings import TrainingSettings, parse_settings, setting
 from splits import DATA_SEED, subsample
 from task import Task
 from tokens import IGNORED, Batch, Example, collate, within_tokens
 from train import run
+from vocabulary import unknown_in_sentences
 
 MASKED = 0.15  # share of the tokens that are masked
 
@@ -147,6 +148,14 @@ class MaskedLanguageModel(FlatEncoder):
         super().__init__(language_model.base_model)
         self.head = language_model
         setattr(language_model, language_model.base_model_prefix, _GivenStates())
+        try:
+            with torch.no_grad():
+                self(self.probe, torch.tensor([1]))
+        except Exception as error:  # a head may need more than the states
+            kind, found = language_model.config.model_type, first_line(error)
+            raise InputError(
+                f"--model: the language-model head of a {kind} fails: {found}"
+            ) from error
 
     def forward(self, batch: MaskedBatch) -> torch.Tensor:
         return self.head(inputs_embeds=self.encode_only(batch, batch.tokens)[None]).logits[0]
@@ -164,9 +173,11 @@ def load_language_model(name: str) -> tuple[nn.Module, bool]:
 
     A head that the files do not have is initialised, and tied to the input embeddings.
     """
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, info = from_pretrained(AutoModelForMaskedLM, name, **options)
-    return model, bool(info["missing_keys"])
+    model, encoder, head_is_new = load_model(AutoModelForMaskedLM, name)
+    if encoder is not model.base_model:
+        expected = "expected an encoder without a decoder"
+        raise InputError(f"--model {name}: found a {model.config.model_type}, {expected}")
+    return model, head_is_new
 
 
 # --- task -------------------------------------------------------------------------------------
@@ -188,6 +199,8 @@ class MaskedTokenTask(Task):
         self.lengths = np.array([len(example.ids) for example in self.examples])
         self.n_targets = np.array([n_masked(example) for example in self.examples])
         self.log_lengths("sentences", len(valid), n_cut + n_valid_cut)
+        for line in unknown_in_sentences(self.tokenizer, sentences):
+            log(line)
 
         torch.manual_seed(settings.seed)
         language_model, head_is_new = load_language_model(settings.model)

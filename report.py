@@ -78,11 +78,14 @@ def token_lengths(files, template: Template, model: str) -> dict[str, np.ndarray
     """{file: number of tokens of each row (N,), without truncation}."""
     from encoder import add_markers, load_tokenizer  # torch takes seconds to import
     from tokens import encode
+    from vocabulary import unknown_in_rows
 
     tokenizer, lengths = load_tokenizer(model), {}
     for name, rows in files.items():
         add_markers(tokenizer, template, rows)
         examples, _ = encode(rows, template, tokenizer, [], sys.maxsize)
+        for line in unknown_in_rows(tokenizer, rows, template):
+            print(f"{name}: {line}")
         lengths[name] = np.array([len(example.ids) for example in examples])
     return lengths
 

@@ -19,6 +19,8 @@ from settings import TrainingSettings
 from task import Task
 from tokens import within_tokens
 
+LAYER = re.compile(r"encoder\..*?\.(\d+)\.")  # the number in a parameter's name
+
 # --- the optimiser ----------------------------------------------------------------------------
 
 
@@ -27,8 +29,11 @@ def make_optimizer(model: FlatEncoder, settings: TrainingSettings) -> torch.opti
 
     Weight decay applies to matrices only: vectors are biases and the scales of norms.
     """
-    groups, n_layers = {}, model.encoder.config.num_hidden_layers
-    for name, parameter in model.named_parameters():
+    groups, named = {}, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    # not the configuration's number: all layers of ALBERT share the weights of one
+    found = [LAYER.match(name) for name, _ in named]
+    n_layers = 1 + max((int(layer[1]) for layer in found if layer), default=0)
+    for name, parameter in named:
         scale = settings.layer_decay ** layers_above(name, n_layers)
         weight_decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         group = {"params": [], "scale": scale, "weight_decay": weight_decay}
@@ -44,9 +49,10 @@ def layers_above(name: str, n_layers: int) -> int:
     """
     if not name.startswith("encoder."):
         return 0
-    if re.match(r"encoder\.(norm|final_norm|ln_f)\.", name):  # after the last layer
+    norms = "norm|norm_f|final_norm|ln_f|ln_out|layer_norm|final_layer_norm"
+    if re.match(rf"encoder\.(decoder\.)?({norms})\.", name):  # after the last layer
         return 1
-    found = re.search(r"\.(\d+)\.", name)
+    found = LAYER.match(name)
     return n_layers - int(found[1]) if found else n_layers + 1
 
 

@@ -15,7 +15,7 @@ from checkpoint import save_checkpoint
 from common import InputError, read_json
 from data import Template
 from distributed import Worker
-from encoder import FlatEncoder, add_markers, load_encoder, load_tokenizer
+from encoder import FlatEncoder, add_markers, input_embeddings, load_encoder, load_tokenizer
 from metrics import describe, negative_factor, scale_negative, score, write_predictions
 from model import RelationModel, predict, relation_loss
 from rows import compose, data_file
@@ -23,6 +23,7 @@ from sample.tiny_encoder import make_tiny_encoder
 from settings import Settings, TrainingSettings
 from splits import choose_rows, subsample
 from tokens import Batch, collate, encode
+from vocabulary import unknown_in_rows
 
 
 class Task:
@@ -73,7 +74,16 @@ class Task:
         if self.settings.max_length > model.max_length:
             found = f"{self.settings.model} takes at most {model.max_length} tokens"
             raise InputError(f"--max-length {self.settings.max_length}: {found}")
-        self.model = model.to(self.worker.device)
+        if model.frozen:
+            n, first = len(model.frozen), model.frozen[0]
+            self.log(f"{n} weights of the encoder have no effect and are frozen, such as {first}")
+        n_tokens, n_rows = len(self.tokenizer), len(input_embeddings(model.encoder).weight)
+        sizes = f"the tokenizer has {n_tokens} tokens, the encoder embeddings for {n_rows}"
+        if n_tokens > n_rows:
+            raise InputError(f"--model {self.settings.model}: {sizes}")
+        if n_tokens < 0.9 * n_rows:  # many encoders have some in reserve
+            self.log(f"WARNING: {sizes}; are their files of one encoder?")
+        self.model = model.place(self.worker)
 
     def set_hash(self, examples: list, *more):
         """Hash the examples and the encoder's weights: a run must resume with the same ones.
@@ -125,6 +135,8 @@ class RelationTask(Task):
         self.lengths = np.array([len(example.ids) for example in self.examples])
         self.n_targets = np.ones(len(rows), dtype=int)
         self.log_lengths("rows", len(self.valid), n_cut + n_valid_cut)
+        for line in unknown_in_rows(self.tokenizer, rows, self.template):
+            log(line)
 
         torch.manual_seed(settings.seed)
         encoder = load_encoder(settings.model, range(n_pretrained, len(self.tokenizer)))

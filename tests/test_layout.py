@@ -14,7 +14,7 @@ FLOORS = (
     {"rows"},
     {"data"},
     {"metrics", "page", "settings", "tokens"},
-    {"analysis", "attention", "splits"},
+    {"analysis", "attention", "splits", "vocabulary"},
     {"encoder", "figures"},
     {"graphs"},
     {"model"},
