@@ -12,7 +12,7 @@ resumes. The loop is that of train.py.
 import math
 import shlex
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +131,9 @@ def collate_masked(examples: list[Example], indices, key: list[int], tokenizer) 
     starts = batch.offsets.tolist()
     flat = np.concatenate([start + positions[i] for start, i in zip(starts, batch.indices)])
     true = np.concatenate([examples[i].ids[positions[i]] for i in batch.indices])
-    parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return MaskedBatch(**parts, tokens=torch.from_numpy(flat), true_ids=torch.from_numpy(true))
+    return MaskedBatch(
+        **vars(batch), tokens=torch.from_numpy(flat), true_ids=torch.from_numpy(true)
+    )
 
 
 # --- model ------------------------------------------------------------------------------------
@@ -150,7 +151,8 @@ class MaskedLanguageModel(FlatEncoder):
         setattr(language_model, language_model.base_model_prefix, _GivenStates())
         try:
             with torch.no_grad():
-                self(self.probe, torch.tensor([1]))
+                one = torch.tensor([1])
+                self(MaskedBatch(**vars(self.probe), tokens=one, true_ids=one))
         except Exception as error:  # a head may need more than the states
             kind, found = language_model.config.model_type, first_line(error)
             raise InputError(

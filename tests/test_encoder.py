@@ -19,6 +19,7 @@ from encoder import PROVEN, FlatEncoder, load_encoder, load_tokenizer, text_enco
 from model import RelationModel, predict
 from pretrain import MaskedLanguageModel, load_language_model
 from settings import Settings, parse_settings
+from step import make_optimizer
 from task import RelationTask
 from tests.helpers import (
     CPU,
@@ -32,7 +33,6 @@ from tests.helpers import (
     examples_of,
 )
 from tokens import collate
-from train import make_optimizer
 
 SHORT = {"max_position_embeddings": 40}
 T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
