@@ -7,13 +7,17 @@
 Reads id,pred_label,probs as infer.py writes it. Files of different rows are an error.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, Parser, exit_on_error
+
+# isort: split
+
 import argparse
 import math
 from pathlib import Path
 
 import numpy as np
 
-from common import InputError, Parser, exit_on_error
 from metrics import Predictions, check_alike, class_names, read_predictions, write_predictions
 
 

@@ -10,6 +10,11 @@ Writes the competition's format, id,pred_label,probs, in the order of the input.
 every row has a gold label.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, Parser, exit_on_error, is_text
+
+# isort: split
+
 import argparse
 from pathlib import Path
 
@@ -17,7 +22,6 @@ import numpy as np
 import transformers
 
 from checkpoint import load_checkpoint, restore
-from common import InputError, Parser, exit_on_error, is_text
 from data import KLUE_LABELS, TYPES, Template, with_known_labels
 from distributed import DTYPES, Worker, process_group
 from metrics import describe, scale_negative, score, write_predictions

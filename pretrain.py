@@ -9,6 +9,11 @@ folder for --model, summary.json, TensorBoard events, and last.pt, from which th
 resumes. The loop is that of train.py.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, atomic_write, exit_on_error
+
+# isort: split
+
 import math
 import shlex
 import tempfile
@@ -21,7 +26,6 @@ from torch import nn
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from common import InputError, atomic_write, exit_on_error
 from distributed import Worker
 from model import FlatEncoder, from_pretrained, load_tokenizer
 from rows import data_file, read_rows, rows_to_predict, version

@@ -8,6 +8,11 @@
 `report.py COMMAND -h` lists the options of a command.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, Parser, exit_on_error, expect
+
+# isort: split
+
 import argparse
 import glob
 import inspect
@@ -21,7 +26,6 @@ import numpy as np
 import analysis
 import figures
 import metrics
-from common import InputError, Parser, exit_on_error, expect
 from data import MARKERS, PROMPTS, TYPE_NAMES, Template
 from page import Section, format_cell, write_report
 from rows import Row, data_file, read_rows

@@ -10,6 +10,11 @@ the median of the earlier trials is stopped. The same command resumes a stopped 
 runs/sweep/study.db. With --storage, several machines that share the folder can run it together.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, Parser, exit_on_error, expect, first_line, optional_import, read_json
+
+# isort: split
+
 import ctypes
 import math
 import shlex
@@ -22,7 +27,6 @@ from itertools import starmap
 from pathlib import Path
 
 from checkpoint import PROGRESS_FILES, remove_progress
-from common import InputError, Parser, exit_on_error, expect, first_line, optional_import, read_json
 from data import MARKERS, PROMPTS, TYPE_NAMES
 from distributed import StopSignal
 from metrics import read_summary

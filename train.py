@@ -10,6 +10,11 @@ on the validation rows), summary.json, TensorBoard events, and last.pt. The same
 from last.pt.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, exit_on_error
+
+# isort: split
+
 import gc
 import math
 import os
@@ -27,7 +32,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import Progress, load_progress, remove_progress, save_progress, write_summary
-from common import InputError, exit_on_error
 from distributed import StopSignal, Worker, process_group, restart_count
 from model import FlatEncoder
 from settings import Settings, TrainingSettings, parse_settings
