@@ -227,10 +227,11 @@ class MaskedTokenTask(Task):
                     file.write(path.read_bytes())
 
     def next_commands(self, folders: list[Path]) -> str:
-        data = self.settings.data
-        data = "" if data == PretrainingSettings.data else f"--data {shlex.quote(data)} "
-        encoders = [shlex.quote(str(folder / "encoder")) for folder in folders]
-        return "\n".join(f"  python train.py {data}--model {encoder}" for encoder in encoders)
+        options = self.settings.arguments("data", "skip_bad_rows", "max_length", "amp")
+        commands = [
+            ["python", "train.py", *options, f"--model={folder / 'encoder'}"] for folder in folders
+        ]
+        return "\n".join(f"  {shlex.join(command)}" for command in commands)
 
 
 @exit_on_error

@@ -31,7 +31,7 @@ from data import MARKERS, PROMPTS, TYPE_NAMES
 from distributed import StopSignal
 from metrics import read_summary
 from page import text_table
-from settings import Settings, option, parse_settings
+from settings import Settings, as_argument, parse_settings
 
 try:
     import optuna
@@ -73,16 +73,9 @@ def read_space(path: str | None, arguments: list[str]) -> dict[str, list]:
         for choice in choices:
             given = [*arguments, as_argument(name, choice)]
             settings = parse_settings(Settings, "train.py", "", given)
-            if settings.seeds > 1 or settings.valid == "none" or settings.resume:
-                raise InputError("a sweep takes no --seeds, --valid none or --resume")
+            if settings.seeds > 1 or settings.valid == "none":
+                raise InputError("a sweep takes no --seeds or --valid none")
     return space
-
-
-def as_argument(name: str, value) -> str:
-    """A setting as an option of train.py."""
-    if isinstance(value, bool):
-        return option(name if value else f"no_{name}")
-    return f"{option(name)}={value}"
 
 
 # --- trials -----------------------------------------------------------------------------------
@@ -219,9 +212,9 @@ def show(study, trials: list, done: list, folder: Path, arguments: list[str]):
         print("\nimportance of each setting")
         for name, share in shares.items():
             print(f"  {name:20} {share:.2f}")
-    settings = starmap(as_argument, best.params.items())
-    command = ["python", "train.py", *arguments, *settings, "--out", str(folder / "best")]
-    print(f"\nto repeat trial {number_of(best)}, the best:\n  {shlex.join(command)}")
+    settings, name = starmap(as_argument, best.params.items()), f"trial-{number_of(best)}"
+    command = ["python", "train.py", *arguments, *settings, "--out", str(folder / f"best-{name}")]
+    print(f"\nto repeat {name}, the best:\n  {shlex.join(command)}")
 
 
 @exit_on_error
@@ -245,6 +238,8 @@ def main(programs: Path = Path(__file__).parent, poll: float = 1.0, heartbeat: i
     if not done:
         raise InputError(f"{folder}: no trial completed, see {folder}/trial-*/log; raise --trials")
     show(study, trials, done, folder, arguments.arguments)
+    given = parse_settings(Settings, "train.py", "", arguments.arguments)
+    options = given.arguments("amp", "skip_bad_rows")
     different, written = {}, []  # small search spaces repeat a combination of settings
     for trial in done:
         different.setdefault(str(trial.params), f"trial-{number_of(trial)}")
@@ -252,9 +247,9 @@ def main(programs: Path = Path(__file__).parent, poll: float = 1.0, heartbeat: i
         checkpoint = str(folder / trial / "ckpt.pt")
         written.append(f"out/{folder.name}-{trial}.csv")
         infer = [sys.executable, str(programs / "infer.py"), checkpoint, "--out", written[-1]]
-        if subprocess.run(infer).returncode:
+        if subprocess.run([*infer, *options]).returncode:
             raise InputError(f"{checkpoint}: infer.py failed")
-    if written:
+    if len(written) > 1:
         print(f"to vote:\n  python ensemble.py {shlex.join(written)}")
 
 

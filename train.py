@@ -225,11 +225,9 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
     train_step = TrainStep(task, settings)
     optimizer, scaler = train_step.optimizer, train_step.scaler
     parts = {"weights": task.model, "optimizer": optimizer, "scaler": scaler}
-    progress = load_progress(folder, settings, task.hash, parts, worker, log)
     per_epoch = math.ceil(len(task.lengths) / settings.batch_size)
     steps = settings.epochs * per_epoch
-    if progress.step == steps:
-        log("already finished; --fresh starts over")
+    progress = load_progress(folder, settings, task.hash, parts, steps, worker, log)
     gc.freeze()  # what is loaded stays
     gc.enable()
     if is_first:  # purge_step hides events after the step that the run resumes from
@@ -335,7 +333,7 @@ def run(settings: TrainingSettings, task_class: type[Task], on_step=lambda step:
             task = None  # free the model of the seed before
             task = task_class(one, worker, log)
             config = task.model.encoder.config
-            one = one.resolve(config.hidden_size, config.num_hidden_layers)
+            one = task.settings.resolve(config.hidden_size, config.num_hidden_layers)
             decay = f"times {one.layer_decay} per layer below it"
             log(f"peak learning rate {one.lr} for the head, {decay}")
             if fresh and number == 0 and is_first:  # not earlier: bad input must not delete a run
@@ -354,8 +352,7 @@ def runs_by_seed(settings: TrainingSettings) -> list[TrainingSettings]:
         return [replace(settings, out=str(settings.folder()))]
     folder = replace(settings, seed=TrainingSettings.seed).folder()
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    runs = [replace(settings, seed=s, seeds=1, out=f"{folder}-seed={s}") for s in seeds]
-    return [runs[0], *(replace(one, resume=False) for one in runs[1:])]  # these may not have begun
+    return [replace(settings, seed=s, seeds=1, out=f"{folder}-seed={s}") for s in seeds]
 
 
 def print_mean(results: list[dict], seeds: list[int]):

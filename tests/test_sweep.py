@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 import sweep
-from settings import Settings, parse_settings
+from settings import Settings, as_argument, parse_settings
 from tests.helpers import ROOT, SAMPLE
 
 TRAIN = """
@@ -124,7 +124,7 @@ def test_default_space_has_only_settings():
 
 def test_arguments_are_those_of_train():
     expected = {"lr": 1e-5, "clean": False, "gelu": True, "entity_embedding": "plain"}
-    given = [sweep.as_argument(name, value) for name, value in expected.items()]
+    given = [as_argument(name, value) for name, value in expected.items()]
     assert given[:3] == ["--lr=1e-05", "--no-clean", "--gelu"]
     settings = parse_settings(Settings, "train.py", "", given)
     assert {name: getattr(settings, name) for name in expected} == expected
@@ -148,7 +148,9 @@ def test_finds_the_best_and_survives_a_crash(call, quick, space, propose, tmp_pa
         ["3", "3.00", "complete"],
         ["1", "–", "fail"],
     ]
-    assert "python train.py --head cls --lr=2 --epochs=3 --out runs/sweep/best\n" in done.out
+    assert (
+        "python train.py --head cls --lr=2 --epochs=3 --out runs/sweep/best-trial-2\n" in done.out
+    )
     importance = done.out.split("importance of each setting\n")[1].split("\n\n")[0]
     assert importance.split() == ["lr", "1.00"]  # epochs has one choice
     # trial 4 has the settings of trial 2, and 3 those of 0
@@ -195,7 +197,7 @@ def test_prunes_a_trial_below_the_median(call, quick, space, propose, tmp_path):
         ({"lr": [1]}, ["--headd", "cls"], "--headd"),
         ({"lr": [1]}, ["--seeds", "3"], "no --seeds"),
         ({"lr": [1]}, ["--valid", "none"], "--valid none"),
-        ({"resume": [True]}, [], "--resume"),
+        ({"valid": ["none"]}, [], "--valid none"),
         ({"lr": [13]}, [], "no trial completed"),
     ],
 )
