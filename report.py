@@ -114,14 +114,15 @@ class Loaded(NamedTuple):
 
 def load(paths: list[str], gold_path: str | None) -> Loaded:
     """Read files of predictions, their rows and gold labels; check that they fit together."""
-    files = [metrics.read_predictions(path) for path in paths]
-    metrics.check_alike(files)
+    files = metrics.aligned([metrics.read_predictions(path) for path in paths])
     summary = metrics.read_summary(Path(paths[0]).parent)
     names = metrics.class_names(files, summary.get("labels"))
     rows = find_rows(files[0], gold_path, summary)
     for row in rows or []:
         expect(row.label, row.where, "label", row.label, "a label in each row")
-    told = [row.label for row in rows] if rows else files[0].gold
+    told = rows and [(row.where, row.label) for row in rows]
+    if not told and files[0].gold:
+        told = [(f"{paths[0]}:{line}", x) for line, x in zip(files[0].lines, files[0].gold)]
     gold, *_ = (metrics.gold_classes(file, names, told) for file in files)  # all the same
     labels = [names.get(c, f"class {c}") for c in range(files[0].probs.shape[1])]
     runs = [(file.probs, np.array(list(map(labels.index, file.predicted)))) for file in files]
