@@ -168,7 +168,7 @@ def log_evaluation(writer, step: int, probs, gold, labels: list[str], rows: list
     for c, line in enumerate(label_table(predicted, gold, labels)):
         if line["rows"]:
             writer.add_pr_curve(f"pr/{line['label']}", gold == c, probs[:, c], step)
-            writer.add_scalar(f"label_f1/{line['label']}", line["F1"], step)
+            writer.add_scalar(f"valid_label_f1/{line['label']}", line["F1"], step)
     writer.add_figure("confusion matrix", confusion_figure(predicted, gold, labels), step)
     ids, worst = [row.id for row in rows], worst_mistakes(probs, predicted, gold)
     cases = text_cases(list_cases(worst, ids, rows, gold, labels, [(probs, predicted)]))

@@ -302,7 +302,7 @@ def finish(folder: Path, task: Task, settings, progress: Progress, writer: Summa
     best = {name: value for name, value in progress.best.items() if name not in ("absent", "step")}
     hparams = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata["named"]}
     hparams = {name: "auto" if value is None else value for name, value in hparams.items()}
-    writer.add_hparams(hparams, {f"best/{name}": best[name] for name in best}, run_name=".")
+    writer.add_hparams(hparams, {f"valid_best/{name}": best[name] for name in best}, run_name=".")
     writer.close()
     write_summary(folder, settings, progress, task.about, finished=True)
     if best:

@@ -113,7 +113,11 @@ def test_the_printed_commands_work_whatever_the_folders_are_called_and_hold(
 
 def check_events(events):
     """TensorBoard's data of a demo run with 8 evaluations."""
-    assert {"train/loss", "valid/micro_f1", "label_f1/per:title"} <= set(events.Tags()["scalars"])
+    scalars = events.Tags()["scalars"]
+    assert {"train/loss", "valid/micro_f1", "valid_label_f1/per:title"} <= set(scalars)
+    # TensorBoard sorts groups by name, and opens the first two
+    groups = sorted({tag.split("/")[0] for tag in scalars})
+    assert groups == ["train", "valid", "valid_best", "valid_label_f1"]
     assert {"pr/per:title", "worst mistakes/text_summary"} <= set(events.Tags()["tensors"])
     assert events.Tags()["images"] == ["confusion matrix"]
     assert len(events.Images("confusion matrix")) == 8
