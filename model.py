@@ -12,6 +12,7 @@ padded inside FlatEncoder.encode.
 """
 
 import math
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -257,8 +258,9 @@ def predict(model: RelationModel, examples: list[Example], worker: Worker, max_t
     batches = batches[worker.rank :: worker.world_size]
     shape = len(examples), model.classifier.out_features
     probs = torch.zeros(*shape, dtype=torch.float64, device=worker.device)
-    hide_bar = worker.rank > 0 or None  # None: show it on a terminal
-    for indices in tqdm(batches, unit="batch", leave=False, disable=hide_bar):
+    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs few lines
+    how = {"mininterval": interval, "delay": interval, "disable": worker.rank > 0}
+    for indices in tqdm(batches, unit="batch", leave=False, **how):
         batch = collate(examples, indices).to(worker.device)
         with worker.autocast():
             logits = model(batch)

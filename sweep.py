@@ -206,12 +206,16 @@ def show(study, trials: list, done: list, folder: Path, arguments: list[str]):
         table.append(line | {name: str(trial.params.get(name, "")) for name in best.params})
     print(f"\n{text_table(table)}")
     varied = [n for n, value in best.params.items() if any(t.params[n] != value for t in done)]
+    if fixed := [name for name in best.params if name not in varied]:
+        print(f"\nno importance for {', '.join(fixed)}: the same in all completed trials")
     if varied and len({t.value for t in done}) > 1:
         fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)  # works with few trials
         shares = optuna.importance.get_param_importances(study, evaluator=fanova, params=varied)
         print("\nimportance of each setting")
         for name, share in shares.items():
             print(f"  {name:20} {share:.2f}")
+    elif varied:
+        print(f"\nno importance for {', '.join(varied)}: all completed trials have one score")
     settings, name = starmap(as_argument, best.params.items()), f"trial-{number_of(best)}"
     command = ["python", "train.py", *arguments, *settings, "--out", str(folder / f"best-{name}")]
     print(f"\nto repeat {name}, the best:\n  {shlex.join(command)}")

@@ -152,7 +152,8 @@ def test_finds_the_best_and_survives_a_crash(call, quick, space, propose, tmp_pa
         "python train.py --head cls --lr=2 --epochs=3 --out runs/sweep/best-trial-2\n" in done.out
     )
     importance = done.out.split("importance of each setting\n")[1].split("\n\n")[0]
-    assert importance.split() == ["lr", "1.00"]  # epochs has one choice
+    assert importance.split() == ["lr", "1.00"]
+    assert "\nno importance for epochs: the same in all completed trials\n" in done.out
     # trial 4 has the settings of trial 2, and 3 those of 0
     assert "python ensemble.py out/sweep-trial-2.csv out/sweep-trial-0.csv\n" in done.out
     assert (tmp_path / "out/sweep-trial-0.csv").read_text() == "runs/sweep/trial-0/ckpt.pt"
