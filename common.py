@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -195,31 +196,81 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         found = f"found byte {content[error.start]:#04x}, expected UTF-8 text"
-        raise InputError(f"{path}:{line}: {found}") from error
+        raise InputError(f"{path}:{line}: {found}; {_what_it_is(content)}") from error
+
+
+SIGNATURES = {
+    b"PAR1": "a Parquet file: name it .parquet",
+    b"ARROW1": "an Arrow file",
+    b"PK": "a ZIP archive, such as an Excel sheet or a checkpoint",
+    b"\xd0\xcf\x11\xe0": "an old Excel sheet",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x80": "a pickle",
+    b"SQLite": "a database",
+}
+
+
+def _what_it_is(content: bytes) -> str:
+    """What a file that is not UTF-8 seems to be, and what to do."""
+    for signature, kind in SIGNATURES.items():
+        if content.startswith(signature):
+            return f"it seems to be {kind}"
+    start = content[:400]  # without a byte order mark, UTF-16 has a zero in each ASCII character
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or 5 * start.count(0) > len(start):
+        return "it seems to be UTF-16: save it as UTF-8"
+    if b"\0" in content:
+        return "it is not a text file"
+    try:
+        content.decode("cp949")
+    except UnicodeDecodeError:
+        return "save it as UTF-8"
+    return "it seems to be cp949 (EUC-KR): save it as UTF-8"
+
+
+def parse_json(text: str):
+    """json.loads; an object with a key twice is a ValueError, not the last of its values."""
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"an object has a key twice: {shorten([key for key, _ in pairs])}")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def read_json(path: str | Path, expected: str):
     """Read a JSON file; `expected` describes its content in the error message."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected {expected}: {first_line(error)}") from error
 
 
-def read_csv(path: str | Path, columns: tuple[str, ...]):
-    """Yield (line, {column: cell}) for each record of a CSV file with at least these columns."""
+def read_csv(path: str | Path, columns: tuple[str, ...], skipped: list[str] | None = None):
+    """Yield (line, {column: cell}) for each record of a CSV or TSV file with these columns.
+
+    Records with a wrong number of cells are an error, or are left out as in `rows.read_rows`.
+    """
     csv.field_size_limit(2**31 - 1)  # the largest C long of every platform
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
+    text = io.StringIO(read_text(path), newline="")
+    reader = csv.reader(text, strict=True, delimiter=delimiter)
     line, header = 1, None
     try:
         for cells in reader:
             if header is None:
-                header = cells
+                header = [name.strip() for name in cells]
                 missing = ", ".join(column for column in columns if column not in header)
                 expect(not missing, f"{path}:1", "header", ",".join(header), f"a column {missing}")
-            elif cells:
+                twice = [name for name, n in Counter(header).items() if n > 1 and name]
+                expect(not twice, f"{path}:1", "header", ", ".join(twice), "each column once")
+            elif cells and len(cells) != len(header):
                 expected = f"{len(header)} cells as in the header"
-                expect(len(cells) == len(header), f"{path}:{line}", "row", cells, expected)
+                message = f"{path}:{line}: row: found {shorten(cells)}, expected {expected}"
+                if skipped is None:
+                    raise InputError(message)
+                skipped.append(message)
+            elif cells:
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1  # a quoted cell may span several lines
     except csv.Error as error:

@@ -13,10 +13,19 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from common import InputError, Parser, atomic_write, exit_on_error, printable, shorten
-from rows import COLUMNS, ENTITY_FIELDS, Entity, Row, data_file, read_rows, version
+from common import (
+    InputError,
+    Parser,
+    atomic_write,
+    exit_on_error,
+    is_text,
+    printable,
+    read_json,
+    shorten,
+)
+from rows import COLUMNS, ENTITY_FIELDS, Entity, Row, compose, data_file, read_rows, version
 
-# In the competition's order, which the columns of `probs` follow. KLUE's own order differs.
+# In the order of the competition's dict_label_to_num.pkl, which the columns of `probs` follow.
 KLUE_LABELS = (
     "no_relation org:top_members/employees org:members org:product per:title org:alternate_names "
     "per:employee_of org:place_of_headquarters per:product org:number_of_employees/members "
@@ -25,6 +34,19 @@ KLUE_LABELS = (
     "org:member_of per:parents org:dissolved per:schools_attended per:date_of_death "
     "per:date_of_birth per:place_of_birth per:place_of_death org:founded_by per:religion"
 ).split()
+# What class numbers mean as labels. klue: the order of KLUE's relation_list.json, which the
+# ClassLabel of klue/re on the Hugging Face hub follows.
+LABEL_ORDERS = {
+    "competition": KLUE_LABELS,
+    "klue": (
+        "no_relation org:dissolved org:founded org:place_of_headquarters org:alternate_names "
+        "org:member_of org:members org:political/religious_affiliation org:product org:founded_by "
+        "org:top_members/employees org:number_of_employees/members per:date_of_birth "
+        "per:date_of_death per:place_of_birth per:place_of_death per:place_of_residence per:origin "
+        "per:employee_of per:schools_attended per:alternate_names per:parents per:children "
+        "per:siblings per:spouse per:other_family per:colleagues per:product per:religion per:title"
+    ).split(),
+}
 TYPES = ("PER", "ORG", "LOC", "DAT", "POH", "NOH")
 TYPE_NAMES = {
     "en": dict(zip(TYPES, ("person", "organization", "location", "date", "other", "number"))),
@@ -60,6 +82,55 @@ def with_known_labels(rows: list[Row], labels: list[str], skipped: list[str] | N
             raise InputError(message)
         skipped.append(message)
     return [row for row in rows if row.label in labels] if bad else rows
+
+
+def label_order(order: str) -> list[str]:
+    """The label of each class number: a key of LABEL_ORDERS, or a JSON file's."""
+    if order in LABEL_ORDERS:
+        return LABEL_ORDERS[order]
+    expected = "a JSON list of labels, or an object {label: number} with the numbers from 0"
+    found = read_json(order, expected)
+    if isinstance(found, dict):
+        name_of = {number: name for name, number in found.items() if type(number) is int}
+        found = [name_of.get(number) for number in range(len(found))]
+    found = found if isinstance(found, list) else []
+    names = [compose(name.strip()) for name in found if is_text(name)]
+    if len(set(names) - {""}) < max(len(found), 2):
+        raise InputError(f"{order}: expected {expected}")
+    return names
+
+
+def with_label_names(rows: list[Row], order: str = "", skipped: list[str] | None = None):
+    """The rows, with the names of labels that are class numbers, as `order` says (--label-order).
+
+    Rows of names are returned as they are. In a file of numbers, other labels raise InputError or
+    are skipped as in `read_rows`. Raises InputError if the order does not fit the entity types.
+    """
+    numbers = [row for row in rows if row.label and re.fullmatch(r"-?\d{1,18}", row.label)]
+    if not numbers:
+        return rows
+    if not order:
+        found, expected = f"found {numbers[0].label}, a class number", "expected a name"
+        option = "--label-order competition, klue or FILE.json tells what the numbers mean"
+        raise InputError(f"{numbers[0].where}: label: {found}, {expected}; {option}")
+    names, named = label_order(order), []
+    class_of = {str(number): number for number in range(len(names))}
+    for row in rows:
+        if row.label is not None and row.label not in class_of:
+            expected = f"a class number from 0 to {len(names) - 1} (--label-order {order})"
+            message = f"{row.where}: label: found {shorten(row.label)}, expected {expected}"
+            if skipped is None:
+                raise InputError(message)
+            skipped.append(message)
+        else:
+            named.append(row._replace(label=row.label and names[class_of[row.label]]))
+    kinds = [((row.label or "")[:4].upper(), f"{row.subject.type}:") for row in named]
+    fits = [a == b for a, b in kinds if {a, b} <= {"PER:", "ORG:"}]
+    n_wrong, n = fits.count(False), len(fits)
+    if n_wrong > 0.2 * n:  # in KLUE-RE 0.02 %, with numbers of the other order 40 % or more
+        found = f"{n_wrong} of {n} relations (per:, org:) have a subject of the other type"
+        raise InputError(f"{rows[0].where}: label: {found}; --label-order {order} is wrong")
+    return named
 
 
 # --- templates --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import numpy as np
 import transformers
 
 from checkpoint import load_checkpoint, restore
-from data import KLUE_LABELS, MARKERS, TYPES, Template
+from data import KLUE_LABELS, MARKERS, TYPES, Template, with_label_names
 from distributed import DTYPES, Worker, process_group
 from metrics import describe, scale_negative, score, write_predictions
 from model import predict
@@ -39,10 +39,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", help="ckpt.pt of one or more runs; several are averaged")
-    add("--data", help="file to predict (default: test_data.csv of the first run's data folder)")
+    add("--data", help="file to predict, a folder with test_data.csv, or hub:OWNER/NAME@REVISION"
+        "[:CONFIG][/SPLIT] (default: the first run's data folder)")  # fmt: skip
     add("--out", help="file to write (default: out/<run>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")
     add("--skip-bad-rows", action="store_true",
         help="leave bad rows out; otherwise the first is an error")  # fmt: skip
+    add("--label-order", default="", metavar="ORDER",
+        help="what gold labels that are class numbers mean, as in train.py")  # fmt: skip
     add("--sentence", help="predict this sentence instead of a file")
     add("--subject", help="the subject in the sentence, as WORD:TYPE, such as 비틀즈:ORG, or WORD")
     add("--object", help="the object in the sentence, likewise")
@@ -183,12 +186,14 @@ def default_output(runs: list[str]) -> Path:
 
 def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worker):
     labels, paths = about[0]["labels"], arguments.checkpoints
-    path = arguments.data or data_file(about[0]["data"], "test_data")
+    path = data_file(arguments.data or about[0]["data"], "test_data")
     out = Path(arguments.out or default_output([run["run"] for run in about]))
     if out.resolve() in {Path(file).resolve() for file in (path, *paths)}:
         raise InputError(f"--out {out}: expected another file than those that are read")
     skipped = [] if arguments.skip_bad_rows else None
     rows = read_rows(path, skipped, log_of(worker))
+    if arguments.label_order:  # without it, class numbers are labels that the model does not know
+        rows = with_label_names(rows, arguments.label_order)
     probs = mean_probs(paths, rows, worker, arguments.max_tokens)
     if worker.rank > 0:
         return
@@ -207,7 +212,9 @@ def scores_or_why_not(rows: list[Row], labels: list[str], probs: np.ndarray) -> 
     unknown = [row for row in rows if row.label not in (None, *labels)]
     if unknown:
         found = f"{len(unknown)} of {len(rows)} rows have a label that the model does not know"
-        return f"no scores: {found}, such as {shorten(unknown[0].label)} at {unknown[0].where}"
+        label, where = unknown[0].label, unknown[0].where
+        hint = "; --label-order says what numbers mean" if label.isdigit() else ""
+        return f"no scores: {found}, such as {shorten(label)} at {where}{hint}"
     if unlabelled:
         return f"no scores: {unlabelled} of {len(rows)} rows have no label"
     gold = np.array([labels.index(row.label) for row in rows])

@@ -26,7 +26,7 @@ import numpy as np
 import analysis
 import figures
 import metrics
-from data import MARKERS, PROMPTS, TYPE_NAMES, Template
+from data import MARKERS, PROMPTS, TYPE_NAMES, Template, with_label_names
 from page import Section, format_cell, write_report
 from rows import Row, data_file, read_rows
 
@@ -44,7 +44,8 @@ def report_data(arguments: argparse.Namespace):
         raise InputError(f"data: found {len(paths)} files, expected one or two different ones")
     names = [Path(path).name for path in paths]
     names = names if len(set(names)) == len(names) else paths
-    files = dict(zip(names, map(read_rows, paths)))
+    order = arguments.label_order
+    files = {name: with_label_names(read_rows(path), order) for name, path in zip(names, paths)}
     labelled = {name: rows for name, rows in files.items() if any(row.label for row in rows)}
     columns = {
         "label": (labelled, lambda row: row.label),
@@ -112,12 +113,15 @@ class Loaded(NamedTuple):
             print("no sentences: use --gold FILE with the rows")
 
 
-def load(paths: list[str], gold_path: str | None) -> Loaded:
+def load(paths: list[str], gold_path: str | None, label_order: str = "") -> Loaded:
     """Read files of predictions, their rows and gold labels; check that they fit together."""
     files = metrics.aligned([metrics.read_predictions(path) for path in paths])
     summary = metrics.read_summary(Path(paths[0]).parent)
     names = metrics.class_names(files, summary.get("labels"))
     rows = find_rows(files[0], gold_path, summary)
+    rows = rows and with_label_names(
+        rows, label_order or summary.get("settings", {}).get("label_order", "")
+    )
     for row in rows or []:
         expect(row.label, row.where, "label", row.label, "a label in each row")
     told = rows and [(row.where, row.label) for row in rows]
@@ -161,7 +165,7 @@ def report_errors(arguments: argparse.Namespace):
     Scores with 95 % intervals, by label and by group of rows; confusions; precision-recall
     curves; the worst mistakes.
     """
-    loaded = load([arguments.file], arguments.gold)
+    loaded = load([arguments.file], arguments.gold, arguments.label_order)
     (probs, predicted), gold, labels = loaded.runs[0], loaded.gold, loaded.labels
     table = analysis.score_table(probs, predicted, gold)
     note = f"From, to: 95 % interval of {analysis.DRAWS:,} bootstrap draws."
@@ -230,7 +234,7 @@ def report_comparison(arguments: argparse.Namespace):
     a, b = (sorted(glob.glob(side)) or [side] for side in (arguments.a, arguments.b))
     if in_both := set(a) & set(b):
         raise InputError(f"{min(in_both)}: found in both A and B, expected different files")
-    loaded = load([*a, *b], arguments.gold)
+    loaded = load([*a, *b], arguments.gold, arguments.label_order)
     gold, runs_a, runs_b = loaded.gold, loaded.runs[: len(a)], loaded.runs[len(a) :]
     one_each = len(a) == len(b) == 1
     of_files = []
@@ -307,6 +311,9 @@ def parse_arguments() -> argparse.Namespace:
     for command in (errors, compare):
         text = "data file with the rows and labels (default: the one that the run used)"
         command.add_argument("--gold", metavar="FILE", help=text)
+    for command in (data, errors, compare):
+        text = "what labels that are class numbers mean, as in train.py"
+        command.add_argument("--label-order", default="", metavar="ORDER", help=text)
     return parser.parse_args()
 
 

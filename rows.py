@@ -8,7 +8,6 @@ Formats: the Boostcamp competition's CSV, KLUE's JSON, JSON lines; UTF-8. See do
 """
 
 import ast
-import json
 import re
 import unicodedata
 from hashlib import sha256
@@ -22,6 +21,7 @@ from common import (
     first_line,
     is_text,
     optional_import,
+    parse_json,
     read_csv,
     read_text,
     shorten,
@@ -30,6 +30,9 @@ from common import (
 COLUMNS = ("id", "sentence", "subject_entity", "object_entity")  # label and source are optional
 ENTITY_FIELDS = ("word", "start_idx", "end_idx", "type")
 HUB = re.compile(r"hub:([^@]+)@([^:@]+)(?::([^:@/]+))?")  # name or folder, revision, config
+# HUB/SPLIT. A revision may contain a slash too: without a config, only these splits are taken
+HUB_SPLIT = re.compile(r"hub:[^@]+@[^:@]+(:[^:@/]+/[^:@/]+|/(train|dev|validation|test|test_data))")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 class Entity(NamedTuple):
@@ -54,19 +57,28 @@ class Row(NamedTuple):
 
 
 def data_file(data: str | Path, stem: str) -> Path:
-    """The path of `stem`.csv, .json or .jsonl in a data folder, or `data` itself if it is a file.
+    """The file that `data` means: `data` itself, or the file `stem` of a data folder.
 
-    For a hub data set the "path" is HUB/stem, where stem names the split.
+    For a hub data set the "path" is HUB/SPLIT, where `stem` names the split if `data` does not.
     """
     if str(data).startswith("hub:"):
-        return Path(str(data), stem)
-    folder = Path(data)
-    candidates = [folder, *(folder / f"{stem}{suffix}" for suffix in (".csv", ".json", ".jsonl"))]
-    for path in candidates:
-        if path.is_file():
-            return path
-    found = f"no {stem}.csv, {stem}.json or {stem}.jsonl"
-    raise InputError(f"{data}: {found}; --data names another folder or file")
+        has_split = HUB_SPLIT.fullmatch(str(data))
+        return Path(str(data)) if has_split else Path(str(data), stem)
+    if (path := _file_in(Path(data), stem)) is None:
+        found = f"no {stem}.csv, .tsv, .json, .jsonl or .parquet"
+        found = found if Path(data).is_dir() else "no such file or folder"
+        raise InputError(f"{data}: {found}; --data names another folder or file")
+    return path
+
+
+def _file_in(folder: Path, stem: str) -> Path | None:
+    """The file `stem` of a folder, or the "folder" itself if it is a file; None without one."""
+    candidates = [folder, *(folder / f"{stem}{suffix}" for suffix in SUFFIXES)]
+    found = [path for path in candidates if path.is_file()]
+    if len(found) > 1:
+        names = f"{found[0].name} and {found[1].name}"
+        raise InputError(f"{folder}: found {names}, expected one of them; --data may name a file")
+    return found[0] if found else None
 
 
 def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> list[Row]:
@@ -75,8 +87,8 @@ def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> 
     A bad row raises InputError. With a list `skipped`, bad rows are left out instead, and their
     error messages are appended to the list. `log` gets a line if rows are changed.
     """
-    rows, line_of, n_composed = [], {}, 0
-    for line, record in _records(Path(path)):
+    rows, line_of, n_composed, n_skipped = [], {}, 0, len(skipped or [])
+    for line, record in _records(Path(path), skipped):
         try:
             found = _row(record, f"{path}:{line}")
             row = normalized(found)
@@ -90,8 +102,9 @@ def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> 
                 raise
             skipped.append(str(error))
     if not rows:
-        first = f"; the first of {len(skipped)} bad ones: {skipped[0]}" if skipped else ""
-        raise InputError(f"{path}: no rows{first}")
+        bad = (skipped or [])[n_skipped:]
+        found = f"all {len(bad)} rows are bad; the first: {bad[0]}" if bad else "no rows"
+        raise InputError(f"{path}: {found}")
     if n_composed:
         log(
             f"{path}: composed the text of {n_composed} rows (Unicode NFC), and moved their offsets"
@@ -101,12 +114,10 @@ def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> 
 
 def rows_to_predict(data: str | Path, skipped: list[str] | None = None, log=print) -> list[Row]:
     """Rows of test_data beside the training file of `data`; empty if there is no such file."""
-    training = data_file(data, "train")
-    try:
-        path = data_file(training.parent, "test_data")
-    except InputError:
-        return []
-    return read_rows(path, skipped, log)
+    folder = data_file(data, "train").parent
+    is_hub = str(folder).startswith("hub:")
+    path = data_file(folder, "test_data") if is_hub else _file_in(folder, "test_data")
+    return read_rows(path, skipped, log) if path else []
 
 
 # --- Unicode ----------------------------------------------------------------------------------
@@ -167,20 +178,20 @@ def _look_alikes(a: str, b: str) -> str:
 # --- formats ----------------------------------------------------------------------------------
 
 
-def _records(path: Path):
+def _records(path: Path, skipped: list[str] | None):
     """Yield (line, fields) for each record of a file; for JSON, line is the record's number."""
     if str(path).startswith("hub:"):
         yield from _hub_records(path)
         return
     if path.suffix not in (".json", ".jsonl"):
-        yield from read_csv(path, COLUMNS)
+        yield from read_csv(path, COLUMNS, skipped)
         return
     text, is_list, records = read_text(path), path.suffix == ".json", []
     for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
         if not piece.strip():
             continue
         try:
-            content = json.loads(piece)
+            content = parse_json(piece)
             records += enumerate(content, 1) if is_list else [(number, content)]
         except (ValueError, TypeError, RecursionError) as error:
             line = number - 1 + getattr(error, "lineno", 1)
@@ -224,17 +235,26 @@ def _hub_records(path: Path):
 
 
 def _row(record: dict, where: str) -> Row:
-    """The row of a record. The label 100, used in files to predict, means no label."""
+    """The row of a record. The labels 100 (competition) and -1 (hub) mean no label."""
     row_id, sentence, label = (record.get(name) for name in ("id", "sentence", "label"))
-    expect(is_text(sentence), where, "sentence", sentence, "text")
+    has_sentence = is_text(sentence) and not _is_missing(sentence)
+    expect(has_sentence, where, "sentence", sentence, "text")
     entities = [_entity(record.get(f"{who}_entity"), f"{where}: {who}_entity")
                 for who in ("subject", "object")]  # fmt: skip
-    has_id = isinstance(row_id, int) or (is_text(row_id) and row_id.strip())
+    has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
     expect(has_id, where, "id", row_id, "a number or text")
-    has_text = label is None or isinstance(label, int) or is_text(label)
+    has_text = _is_missing(label) or type(label) in (int, float) or is_text(label)
     expect(has_text, where, "label", label, "a relation's name")
-    label = None if label is None or str(label).strip() in ("", "100") else str(label)
-    return Row(str(row_id), sentence, *entities, label, str(record.get("source") or ""), where)
+    label = None if _is_missing(label) else re.sub(r"^(-?\d+)\.0*$", r"\1", str(label).strip())
+    label = None if label in ("100", "-1") else label
+    source = record.get("source")
+    source = "" if _is_missing(source) else str(source)
+    return Row(str(row_id), sentence, *entities, label, source, where)
+
+
+def _is_missing(value) -> bool:
+    """Whether a value is null, blank or NaN, which pandas writes for a missing one."""
+    return value is None or str(value).strip().lower() in ("", "nan")
 
 
 # A fast path for the usual cell: ast.literal_eval takes ten times as long, 2 s for KLUE-RE.
@@ -246,15 +266,16 @@ ENTITY = re.compile(
 
 
 def _entity(found, where: str) -> Entity:
-    """The entity of a cell: a dict, or the text of one in Python's syntax."""
+    """The entity of a cell: a dict, or the text of one in Python's syntax or JSON."""
     if isinstance(found, str) and (usual := ENTITY.fullmatch(found)):
         word, start, end, type_ = usual.groups()
         found = {"word": word, "start_idx": int(start), "end_idx": int(end), "type": type_}
     elif isinstance(found, str):
         try:
-            found = ast.literal_eval(found)
+            found = _parse_cell(found)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise InputError(f"{where}: found {shorten(found)}, expected a dict literal") from error
+            expected = "a dict literal or a JSON object"
+            raise InputError(f"{where}: found {shorten(found)}, expected {expected}") from error
     if not isinstance(found, dict):
         expected = f"a dict of {', '.join(ENTITY_FIELDS)}"
         raise InputError(f"{where}: found {shorten(found)}, expected {expected}")
@@ -262,12 +283,25 @@ def _entity(found, where: str) -> Entity:
     expect(is_text(word), where, "word", word, "text")
     expect(type(start) is int, where, "start_idx", start, "a whole number")
     expect(type(end) is int, where, "end_idx", end, "a whole number")
-    expect(type_ is None or is_text(type_), where, "type", type_, "text such as PER")
-    return Entity(word, start, end, type_ or None)
+    expect(_is_missing(type_) or is_text(type_), where, "type", type_, "text such as PER")
+    return Entity(word, start, end, None if _is_missing(type_) else type_.strip())
+
+
+def _parse_cell(text: str):
+    """The value of a JSON text or a Python literal. A text that is both is JSON: str(dict) is none,
+    and only JSON joins the escaped halves of an emoji."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        tree = ast.parse(text.strip(), mode="eval")
+    keys = [getattr(key, "value", key) for key in getattr(tree.body, "keys", [])]
+    if len(set(keys)) < len(keys):
+        raise ValueError("a key stands twice")
+    return ast.literal_eval(tree)
 
 
 def version(data: str, rows: list[Row]) -> dict:
     """What identifies the state of a data set: its hub revision and a hash of its rows."""
-    found = HUB.fullmatch(data)
+    found = HUB.fullmatch(str(data_file(data, "train").parent)) if data.startswith("hub:") else None
     content = sha256(repr([row[:-1] for row in rows]).encode()).hexdigest()
     return {"revision": found and found[2], "content": content[:16]}

@@ -39,8 +39,8 @@ class TrainingSettings:
 
     # fmt: off
     data: str = setting("data", "data",
-        "folder with train.csv and test_data.csv (or .json, .jsonl), a training file, or "
-        "hub:OWNER/NAME@REVISION[:CONFIG]")
+        "folder with train.csv and test_data.csv (or .tsv, .json, .jsonl, .parquet), a training "
+        "file, or hub:OWNER/NAME@REVISION[:CONFIG][/SPLIT]")
     valid: str = setting("", "data", "validation file; none: train on all rows (default: a split)")
     limit: int = setting(0, "data",
         "number of training rows, the same rows for every seed; 0: all", 0, math.inf)
@@ -154,6 +154,9 @@ class Settings(TrainingSettings):
         auto="0.6 for KLUE-RE's labels, the training file's share for others")
     clean: bool = setting(True, "data", "remove duplicate and contradictory training rows")
     negative_label: str = setting("no_relation", "data", "the label that means no relation")
+    label_order: str = setting("", "data",
+        "what labels that are class numbers mean: competition, klue (its order on the Hugging Face "
+        "hub), or a JSON file with a list of names")
     marker: str = setting("typed_entity_marker_punct", "input", "entity marker", *MARKERS)
     prompt: str = setting("s_and_o", "input", "prompt around the sentence", *PROMPTS)
     type_names: str = setting("en", "input", "language of entity types in markers", *TYPE_NAMES)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import InputError
-from data import KLUE_LABELS, find_labels, with_known_labels
+from data import KLUE_LABELS, find_labels, with_known_labels, with_label_names
 from rows import Row, compose, data_file, read_rows, rows_to_predict, version
 from settings import Settings
 
@@ -33,12 +33,12 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
     """Read, clean and split the rows as the settings say; `log` prints a line."""
     skipped = [] if settings.skip_bad_rows else None
     path = data_file(settings.data, "train")
-    rows = read_rows(path, skipped, log)
+    rows = with_label_names(read_rows(path, skipped, log), settings.label_order, skipped)
     file_version = version(settings.data, rows)
     labels = find_labels(rows, compose(settings.negative_label))
     rows = with_known_labels(rows, labels, skipped)
     if not rows:
-        raise InputError(f"{path}: no usable training row; the first bad one: {skipped[0]}")
+        raise InputError(f"{path}: all {len(skipped)} rows are bad; the first: {skipped[0]}")
     log(f"{path}: {len(rows)} rows, {len(labels)} labels")
     if settings.clean:
         rows, removed = clean(rows, labels[0])
@@ -52,7 +52,9 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
     if settings.valid == "none":
         valid = []
     elif settings.valid:
-        valid = with_known_labels(read_rows(settings.valid, skipped, log), labels, skipped)
+        valid = read_rows(settings.valid, skipped, log)
+        valid = with_label_names(valid, settings.label_order, skipped)
+        valid = with_known_labels(valid, labels, skipped)
         held_out, n_rows = {row.sentence for row in valid}, len(rows)
         rows = [row for row in rows if row.sentence not in held_out]
         if len(rows) < n_rows:

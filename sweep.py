@@ -243,7 +243,7 @@ def main(programs: Path = Path(__file__).parent, poll: float = 1.0, heartbeat: i
         raise InputError(f"{folder}: no trial completed, see {folder}/trial-*/log; raise --trials")
     show(study, trials, done, folder, arguments.arguments)
     given = parse_settings(Settings, "train.py", "", arguments.arguments)
-    options = given.arguments("amp", "skip_bad_rows")
+    options = given.arguments("amp", "skip_bad_rows", "label_order")
     different, written = {}, []  # small search spaces repeat a combination of settings
     for trial in done:
         different.setdefault(str(trial.params), f"trial-{number_of(trial)}")

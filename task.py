@@ -173,14 +173,14 @@ class RelationTask(Task):
 
     def save(self, folder: Path, scores: dict):
         """Write ckpt.pt, and valid.csv with the predictions of the last `evaluate`."""
-        data = self.settings.data
+        data = data_file(self.settings.data, "train").parent
         if not self.version["revision"]:  # a hub data set keeps its name, a file gets a full path
-            data = str(data_file(data, "train").parent.resolve())
+            data = data.resolve()
         save_checkpoint(
             folder / "ckpt.pt", self.model, self.tokenizer, labels=self.labels,
             model_options=self.settings.model_options(), template=self.template._asdict(),
             max_length=self.settings.max_length, negative_factor=self.factor,
-            run=folder.name, data=data, version=self.version, scores=scores,
+            run=folder.name, data=str(data), version=self.version, scores=scores,
         )  # fmt: skip
         if not self.valid:
             (folder / "valid.csv").unlink(missing_ok=True)  # of an earlier run
@@ -196,7 +196,7 @@ class RelationTask(Task):
 
     def next_commands(self, folders: list[Path]) -> str:
         """Of several checkpoints infer.py takes the mean, so that there is nothing to vote on."""
-        options = self.settings.arguments("amp", "skip_bad_rows")
+        options = self.settings.arguments("amp", "skip_bad_rows", "label_order")
         command = ["python", "infer.py", *(str(folder / "ckpt.pt") for folder in folders), *options]
         command, writes = f"  {shlex.join(command)}", "It writes a submission into out/."
         try:

@@ -1,10 +1,27 @@
 """Labels, templates, and what changed between two versions of a file."""
 
+import json
+
+import numpy as np
 import pytest
 
 import data
+import report
 from common import InputError
-from data import KLUE_LABELS, MARKERS, Template, diff, find_labels, particle, with_known_labels
+from data import (
+    KLUE_LABELS,
+    LABEL_ORDERS,
+    MARKERS,
+    Template,
+    diff,
+    find_labels,
+    label_order,
+    particle,
+    with_known_labels,
+    with_label_names,
+)
+from metrics import write_predictions
+from rows import read_rows
 from tests.helpers import row, write_rows
 
 SENTENCE = "〈Something〉는 조지 해리슨이 쓰고 비틀즈가 1969년 앨범 《Abbey Road》에 담은 노래다."
@@ -34,6 +51,72 @@ def test_an_unknown_label_is_an_error(rows):
     typo = [*rows[:9], rows[9]._replace(label="per:titel")]
     with pytest.raises(InputError, match=r"label: found 'per:titel', expected one of 30 labels"):
         with_known_labels(typo, find_labels(typo))
+
+
+def numbered(rows, order, text="{}"):
+    return [r._replace(label=text.format(order.index(r.label))) for r in rows]
+
+
+def test_the_orders_of_class_numbers_are_those_of_klue_and_of_the_competition():
+    klue = LABEL_ORDERS["klue"]
+    assert set(klue) == set(KLUE_LABELS)
+    assert (klue[1], klue[12], klue[29]) == ("org:dissolved", "per:date_of_birth", "per:title")
+    assert LABEL_ORDERS["competition"][17] == "per:spouse"
+    assert klue[17] == "per:origin"
+
+
+@pytest.mark.parametrize("text", ["{}", "{}.0"])
+@pytest.mark.parametrize("order", ["klue", "competition", "list.json", "dict.json"])
+def test_class_numbers_get_the_names_that_the_label_order_tells(tmp_path, rows, text, order):
+    names = LABEL_ORDERS.get(order, sorted(KLUE_LABELS))
+    content = names if order == "list.json" else {name: i for i, name in enumerate(names)}
+    (tmp_path / order).write_text(json.dumps(content))
+    order = order if order in LABEL_ORDERS else str(tmp_path / order)
+    write_rows(tmp_path / "a.csv", numbered(rows[:300], names, text))
+    found = read_rows(tmp_path / "a.csv")
+    labels = [r.label for r in with_label_names(found, order)]
+    assert labels == [r.label for r in rows[:300]]
+    expected = rf"a.csv:2: label: found {names.index(rows[0].label)}, a class number, expected a na"
+    with pytest.raises(InputError, match=expected):
+        with_label_names(found)
+    assert with_label_names(rows, order) == rows  # names stay
+
+
+def test_class_numbers_of_another_order_or_out_of_range_or_mixed_with_names_are_errors(rows):
+    some = numbered(rows[:300], KLUE_LABELS)
+    with pytest.raises(
+        InputError, match=r"relations .* the other type; --label-order klue is wrong"
+    ):
+        with_label_names(some, "klue")
+    for label in ("30", "-2", "per:title", "1.5"):
+        mixed = [*some[:5], rows[5]._replace(label=label), rows[6]._replace(label=None)]
+        message = (
+            f"label: found '{label}', expected a class number from 0 to 29 .--label-order comp"
+        )
+        with pytest.raises(InputError, match=message):
+            with_label_names(mixed, "competition")
+        found = with_label_names(mixed, "competition", skipped := [])
+        assert [r.label for r in found] == [r.label for r in rows[:5]] + [None]
+        assert len(skipped) == 1
+
+
+def test_reports_name_gold_labels_that_are_class_numbers(tmp_path, rows):
+    some = rows[:50]
+    gold = [KLUE_LABELS.index(r.label) for r in some]
+    path, probs = tmp_path / "a.csv", np.eye(30)[gold]
+    write_predictions(path, [r.id for r in some], [r.label for r in some], probs)
+    write_rows(tmp_path / "gold.csv", numbered(some, LABEL_ORDERS["klue"]))
+    loaded = report.load([str(path)], tmp_path / "gold.csv", "klue")
+    assert loaded.gold.tolist() == gold
+    with pytest.raises(InputError, match=r"gold.csv:2: label: found .*, a class number"):
+        report.load([str(path)], tmp_path / "gold.csv")
+
+
+@pytest.mark.parametrize("content", [[], ["a", "a"], {"a": 0, "b": 2}, {"a": 0, "b": "1"}, 3, [1]])
+def test_a_file_that_is_no_label_order_is_an_error(tmp_path, content):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"a.json: expected a JSON list of labels, or an object"):
+        label_order(str(tmp_path / "a.json"))
 
 
 # --- templates --------------------------------------------------------------------------------

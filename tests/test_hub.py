@@ -14,7 +14,7 @@ import train
 from common import InputError
 from data import KLUE_LABELS
 from rows import ENTITY_FIELDS, data_file, read_rows, version
-from tests.helpers import SAMPLE
+from tests.helpers import SAMPLE, write_rows
 
 TEXT, NUMBER = datasets.Value("string"), datasets.Value("int32")
 ENTITY = dict(zip(ENTITY_FIELDS, (TEXT, NUMBER, NUMBER, TEXT)))
@@ -83,7 +83,7 @@ def test_a_download_without_a_network_is_a_one_line_error(run, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_run_stores_the_version_of_its_data(call, hub, encoder_folder, tmp_path):
+def test_a_run_stores_the_version_of_its_data(call, hub, encoder_folder, tmp_path, rows):
     settings = "--split stratified --amp off --epochs 1 --lr 1e-3 --out a"
     call(train, "--data", hub, "--model", encoder_folder, *settings.split())
     expected, run = version(hub, read_rows(data_file(hub, "train"))), tmp_path / "a"
@@ -92,6 +92,12 @@ def test_a_run_stores_the_version_of_its_data(call, hub, encoder_folder, tmp_pat
     events = run.glob("events.out.tfevents*")
     assert any(expected["content"].encode() in file.read_bytes() for file in events)
     assert "100 rows of hub:" in call(infer, "a/ckpt.pt").out  # the validation split
+    # --data means the same in every program: a split, a folder, a file
+    assert "300 rows of hub:" in call(infer, "a/ckpt.pt", "--data", f"{hub}/train").out
+    write_rows(tmp_path / "test_data.csv", rows[:3])
+    for named in (tmp_path, tmp_path / "test_data.csv"):
+        printed = call(infer, "a/ckpt.pt", "--data", named).out
+        assert f"3 rows of {tmp_path / 'test_data.csv'}" in printed
 
 
 def test_a_download_has_the_competitions_format(call, hub, rows, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import infer
 from common import InputError
 from data import KLUE_LABELS, Template, with_known_labels
+from metrics import read_predictions
 from model import load_tokenizer
 from rows import (
     ENTITY_FIELDS,
@@ -111,20 +113,70 @@ def test_line_numbers_are_right_after_a_cell_of_several_lines(tmp_path):
         read_rows(path)
 
 
-def test_a_file_in_another_encoding_or_without_access_is_an_error(tmp_path):
-    (tmp_path / "a.csv").write_bytes((HEADER + csv_row()).encode("cp949"))
-    with pytest.raises(InputError, match=r"a.csv:2: found byte 0x.., expected UTF-8"):
+CONTENT = HEADER + csv_row()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (CONTENT.encode("cp949"), ":2: found byte 0xb1, expected UTF-8 text; it seems to be cp949"),
+        (
+            CONTENT.encode("utf-16"),
+            ":1: found byte 0xff, .*; it seems to be UTF-16: save it as UTF",
+        ),
+        (CONTENT.encode("utf-16-be"), "it seems to be UTF-16: save it as UTF-8"),
+        (CONTENT.encode()[:-20] + b"\xed", "expected UTF-8 text; save it as UTF-8"),
+        (b"PAR1\x15\x04\x80", "it seems to be a Parquet file: name it .parquet"),
+        (b"PK\x03\x04\xff\xff", "it seems to be a ZIP archive, such as an Excel sheet"),
+        (b"\x1f\x8b\x08\x00\x00", "it seems to be a gzip archive"),
+        (b"abc\xff" + bytes(range(256)), "it is not a text file"),
+    ],
+)
+def test_a_file_that_is_not_utf8_is_named(tmp_path, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message) as raised:
         read_rows(tmp_path / "a.csv")
+    assert "\n" not in str(raised.value)
     with pytest.raises(InputError, match=r"absent.csv: cannot be read"):
         read_rows(tmp_path / "absent.csv")
 
 
+def test_a_column_that_stands_twice_is_an_error(tmp_path):
+    cells = csv_row().strip()
+    (tmp_path / "a.csv").write_text(f"{HEADER.strip()}, label\n{cells},per:title\n")
+    with pytest.raises(
+        InputError, match=r"a.csv:1: header: found 'label', expected each column once"
+    ):
+        read_rows(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text(f"{HEADER.strip()},,\n{cells},,\n")  # empty columns at the end
+    assert read_rows(tmp_path / "b.csv")[0].label == "no_relation"
+    (tmp_path / "c.csv").write_text("id,pred_label,probs,id\n")
+    with pytest.raises(InputError, match=r"c.csv:1: header: found 'id', expected each column once"):
+        read_predictions(str(tmp_path / "c.csv"))
+
+
+@pytest.mark.parametrize("sentence", ["", " ", "nan", None, math.nan])
+def test_a_missing_sentence_is_named(tmp_path, sentence):
+    record = json.dumps({"id": 0, "sentence": sentence, "subject_entity": {}, "object_entity": {}})
+    (tmp_path / "a.jsonl").write_text(record)
+    with pytest.raises(InputError, match=r"a.jsonl:1: sentence: found .*, expected text"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+def test_if_all_rows_are_bad_the_message_says_why(tmp_path):
+    path = write_csv(tmp_path / "a.csv", csv_row(s="{}"), csv_row("1", label="x,y"))
+    with pytest.raises(
+        InputError, match=r"a.csv: all 2 rows are bad; the first: .*a.csv:2: subject"
+    ):
+        read_rows(path, ["a bad row of another file"])
+
+
 def test_bad_rows_are_skipped_and_their_messages_kept(tmp_path):
-    rows = csv_row(), csv_row("1", s=entity("박", 0, 0)), csv_row("2", label="per:x")
+    rows = csv_row(), csv_row("1", s=entity("박", 0, 0)), "2,short\n", csv_row("3", label="per:x")
     path, skipped = write_csv(tmp_path / "a.csv", *rows), []
     rows = with_known_labels(read_rows(path, skipped), KLUE_LABELS, skipped)
     assert [r.id for r in rows] == ["0"]
-    assert [message.split(":")[1] for message in skipped] == ["3", "4"]
+    assert [message.split(":")[1] for message in skipped] == ["3", "4", "5"]
 
 
 def test_all_formats_give_the_same_rows(tmp_path, rows):
@@ -241,7 +293,8 @@ def test_a_sentence_on_the_command_line_is_composed(monkeypatch):
         texts = [convert(text) for convert, text in zip(form, (sentence, *words))]
         options = ["a.pt", "--sentence", texts[0], "--subject", texts[1], "--object", texts[2]]
         monkeypatch.setattr("sys.argv", ["infer.py", *options])
-        found = infer.row_from_options(infer.parse_arguments(), KLUE_LABELS)
+        about = [{"labels": KLUE_LABELS, "template": Template()._asdict()}]
+        found = infer.row_from_options(infer.parse_arguments(), about, print)
         assert found[1:4] == made_row(sentence, "비틀즈", "조지 해리슨", types=("ORG", "PER"))[1:4]
 
 
@@ -255,7 +308,41 @@ def test_a_row_made_in_python_is_checked_and_composed_before_it_is_encoded(encod
         encode([wrong], Template(), tokenizer, KLUE_LABELS, 256)
 
 
-@pytest.mark.parametrize("label", ["", "100"])
+def quoted(cell):
+    return cell.replace('"', '""')
+
+
+@pytest.mark.parametrize("type", ["null", '"\\ubb38"', '""', "NaN"])
+def test_entities_in_cells_may_be_json(tmp_path, type):
+    word, sentence = "😀비틀즈", "😀비틀즈가 왔다"
+    s = f'{{"word": {json.dumps(word)}, "start_idx": 0, "end_idx": 3, "type": {type}}}'
+    o = '{"word": "왔다", \'start_idx\': 6, "end_idx": 7, "type": None}'  # mixed: Python's syntax
+    path = write_csv(tmp_path / "a.csv", csv_row(sentence=sentence, s=quoted(s), o=quoted(o)))
+    row = read_rows(path)[0]
+    assert row.subject == Entity(word, 0, 3, "문" if "b" in type else None)
+    assert row.object == Entity("왔다", 6, 7, None)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_half_an_emoji_and_a_key_that_stands_twice_are_errors(tmp_path, name):
+    s = '{"word": "\\ud83d", "start_idx": 0, "end_idx": 0, "type": "PER"}'
+    twice = '{"word": "이", "start_idx": 3, "end_idx": 3, "type": "PER", "type": "ORG"}'
+    for cell, message in ((s, r"word: found '\\ud83d'"), (twice, "expected a dict lit|key twice")):
+        if name == "a.csv":
+            content = HEADER + csv_row(s=quoted(cell))
+        else:
+            content = json.dumps([VALID]).replace(json.dumps(VALID["subject_entity"]), cell)
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_rows(tmp_path / name)
+    python = "{'word': '이', 'start_idx': 3, 'end_idx': 3, 'type': 'PER', 'type': 'ORG'}"
+    with pytest.raises(
+        InputError, match=r"subject_entity: found .*, expected a dict literal or a J"
+    ):
+        read_rows(write_csv(tmp_path / "b.csv", csv_row(s=python)))
+
+
+@pytest.mark.parametrize("label", ["", "100", "100.0", " ", "nan", "-1"])
 def test_an_empty_label_and_100_mean_no_label(tmp_path, label):
     path = write_csv(tmp_path / "a.csv", csv_row(label=label))
     assert read_rows(path)[0].label is None
@@ -268,7 +355,7 @@ def test_every_row_of_the_sample_is_read(rows):
 
 
 def test_files_of_a_data_folder(tmp_path, rows):
-    with pytest.raises(InputError, match=r"no train.csv, train.json or train.jsonl; --data names"):
+    with pytest.raises(InputError, match=r"no train.csv, .tsv, .json, .jsonl or .parq.*; --data"):
         data_file(tmp_path, "train")
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(VALID))
@@ -279,6 +366,26 @@ def test_files_of_a_data_folder(tmp_path, rows):
     for data in (tmp_path, path):
         assert [row.id for row in rows_to_predict(data)] == ["0", "1"]
     assert len(rows_to_predict(SAMPLE)) == len(read_rows(SAMPLE / "test_data.csv"))
+
+
+def test_data_means_a_folder_a_file_or_a_split_everywhere(tmp_path):
+    hub = "hub:a/b@main"
+    assert str(data_file(hub, "train")) == "hub:a/b@main/train"
+    assert str(data_file(f"{hub}/dev", "train")) == "hub:a/b@main/dev"
+    assert str(data_file(f"{hub}:re", "test_data")) == "hub:a/b@main:re/test_data"
+    assert str(data_file(f"{hub}:re/own", "test_data")) == "hub:a/b@main:re/own"
+    assert str(data_file("hub:a/b@refs/v1", "train")) == "hub:a/b@refs/v1/train"
+    for data in (hub, f"{hub}/train", f"{hub}:re/train"):
+        assert version(data, [])["revision"] == "main"
+    with pytest.raises(InputError, match="absent: no such file or folder; --data names another"):
+        data_file(tmp_path / "absent", "train")
+    for name in ("train.csv", "test_data.csv", "test_data.json"):
+        (tmp_path / name).touch()
+    expected = r"found test_data.csv and test_data.json, expected one of them; --data may name"
+    with pytest.raises(InputError, match=expected):
+        data_file(tmp_path, "test_data")
+    with pytest.raises(InputError, match=expected):
+        rows_to_predict(tmp_path / "train.csv")
 
 
 def test_a_version_depends_on_the_rows_but_not_on_their_file(tmp_path, rows):

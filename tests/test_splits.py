@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from common import InputError
-from data import KLUE_LABELS
+from data import KLUE_LABELS, LABEL_ORDERS
 from pretrain import PretrainingSettings, choose_sentences
 from rows import read_rows
 from settings import Settings
 from splits import DATA_SEED, choose_rows, clean, fold, split, subsample
-from tests.helpers import SAMPLE, row
+from tests.helpers import SAMPLE, row, write_rows
 
 # --- cleaning ---------------------------------------------------------------------------------
 
@@ -183,6 +183,27 @@ def test_bad_rows_are_an_error_unless_they_are_skipped(tmp_path, choose, kind):
         choose(settings, messages.append)
     choose(replace(settings, skip_bad_rows=True), messages.append)
     assert any(text.startswith("left out 1 bad rows, the first: ") for text in messages)
+
+
+def test_class_numbers_in_training_and_validation_files_get_their_names(tmp_path, rows):
+    some = {"train": rows[:300], "valid": rows[300:400]}
+    for name, part in some.items():
+        written = [r._replace(label=LABEL_ORDERS["klue"].index(r.label)) for r in part]
+        write_rows(tmp_path / f"{name}.csv", written)
+    settings = Settings(data=str(tmp_path), valid=str(tmp_path / "valid.csv"), label_order="klue")
+    chosen = choose_rows(settings, print)
+    assert [r.label for r in chosen.valid] == [r.label for r in some["valid"]]
+    assert [r.label for r in chosen.train] == [r.label for r in some["train"]]
+    with pytest.raises(
+        InputError, match=r"train.csv:2: label: found 24, a class number, .*--label"
+    ):
+        choose_rows(replace(settings, label_order=""), print)
+
+
+def test_if_all_training_rows_are_bad_the_message_says_why(tmp_path, rows):
+    write_rows(tmp_path / "train.csv", [r._replace(label="") for r in rows[:9]])
+    with pytest.raises(InputError, match=r"train.csv: all 9 rows are bad; the first: .*csv:2: lab"):
+        choose_rows(Settings(data=str(tmp_path), skip_bad_rows=True), print)
 
 
 def test_the_share_of_negatives_is_given_or_that_of_the_file_or_of_klue_re(tmp_path, rows):
