@@ -246,10 +246,10 @@ def read_json(path: str | Path, expected: str):
         raise InputError(f"{path}: expected {expected}: {first_line(error)}") from error
 
 
-def read_csv(path: str | Path, columns: tuple[str, ...], skipped: list[str] | None = None):
+def read_csv(path: str | Path, columns: tuple[str, ...], with_bad: bool = False):
     """Yield (line, {column: cell}) for each record of a CSV or TSV file with these columns.
 
-    Records with a wrong number of cells are an error, or are left out as in `rows.read_rows`.
+    A record with a wrong number of cells is an error, or `with_bad` is yielded as (line, error).
     """
     csv.field_size_limit(2**31 - 1)  # the largest C long of every platform
     delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
@@ -266,10 +266,11 @@ def read_csv(path: str | Path, columns: tuple[str, ...], skipped: list[str] | No
                 expect(not twice, f"{path}:1", "header", ", ".join(twice), "each column once")
             elif cells and len(cells) != len(header):
                 expected = f"{len(header)} cells as in the header"
-                message = f"{path}:{line}: row: found {shorten(cells)}, expected {expected}"
-                if skipped is None:
-                    raise InputError(message)
-                skipped.append(message)
+                found = f"row: found {shorten(cells)}, expected {expected}"
+                error = InputError(f"{path}:{line}: {found}")
+                if not with_bad:
+                    raise error
+                yield line, error
             elif cells:
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1  # a quoted cell may span several lines

@@ -191,7 +191,7 @@ def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worke
     if out.resolve() in {Path(file).resolve() for file in (path, *paths)}:
         raise InputError(f"--out {out}: expected another file than those that are read")
     skipped = [] if arguments.skip_bad_rows else None
-    rows = read_rows(path, skipped, log_of(worker))
+    rows = read_rows(path, skipped, log_of(worker), unique_ids=True)
     if arguments.label_order:  # without it, class numbers are labels that the model does not know
         rows = with_label_names(rows, arguments.label_order)
     probs = mean_probs(paths, rows, worker, arguments.max_tokens)

@@ -138,7 +138,7 @@ def find_rows(file: metrics.Predictions, gold_path: str | None, summary: dict) -
 
     If these are not all rows of the data file, say so: ids do not prove that it is the right one.
     """
-    settings = summary.get("settings", {})
+    settings, unique_ids = summary.get("settings", {}), gold_path is not None
     if gold_path is None:
         try:
             valid, data = settings["valid"], settings["data"]
@@ -147,7 +147,9 @@ def find_rows(file: metrics.Predictions, gold_path: str | None, summary: dict) -
         except (KeyError, InputError):
             return None
     skipped = [] if settings.get("skip_bad_rows") else None
-    row_of = {row.id: row for row in read_rows(gold_path, skipped)}
+    row_of = {}  # by id; in training files the first row that has it: the others are copies
+    for row in read_rows(gold_path, skipped, unique_ids=unique_ids):
+        row_of.setdefault(row.id, row)
     for line, row_id in zip(file.lines, file.ids):
         expected = f"an id of {gold_path}; use --gold FILE with the rows"
         expect(row_id in row_of, f"{file.path}:{line}", "id", row_id, expected)

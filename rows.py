@@ -1,10 +1,10 @@
-"""Rows of KLUE-RE: the formats they are read from, and the checks that each row must pass.
+"""Rows of KLUE-RE: the checks that each row must pass, and composed text.
 
-    rows = read_rows("data/train.csv")           # or .json, .jsonl, or a split of a hub data set
+    rows = read_rows("data/train.csv")           # or another format, or a split of a hub data set
     rows = read_rows("train.csv", skipped := []) # leave bad rows out, collect their messages
     row = normalized(Row(...))                   # check and compose a row made in Python
 
-Formats: the Boostcamp competition's CSV, KLUE's JSON, JSON lines; UTF-8. See docs/data.md.
+See docs/data.md.
 """
 
 import ast
@@ -15,24 +15,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (
-    InputError,
-    expect,
-    first_line,
-    is_text,
-    optional_import,
-    parse_json,
-    read_csv,
-    read_text,
-    shorten,
-)
+from common import InputError, expect, is_text, parse_json, shorten
+from formats import HUB, data_file, file_in, read_records
 
 COLUMNS = ("id", "sentence", "subject_entity", "object_entity")  # label and source are optional
 ENTITY_FIELDS = ("word", "start_idx", "end_idx", "type")
-HUB = re.compile(r"hub:([^@]+)@([^:@]+)(?::([^:@/]+))?")  # name or folder, revision, config
-# HUB/SPLIT. A revision may contain a slash too: without a config, only these splits are taken
-HUB_SPLIT = re.compile(r"hub:[^@]+@[^:@]+(:[^:@/]+/[^:@/]+|/(train|dev|validation|test|test_data))")
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 class Entity(NamedTuple):
@@ -56,45 +43,31 @@ class Row(NamedTuple):
     where: str  # FILE:LINE
 
 
-def data_file(data: str | Path, stem: str) -> Path:
-    """The file that `data` means: `data` itself, or the file `stem` of a data folder.
-
-    For a hub data set the "path" is HUB/SPLIT, where `stem` names the split if `data` does not.
-    """
-    if str(data).startswith("hub:"):
-        has_split = HUB_SPLIT.fullmatch(str(data))
-        return Path(str(data)) if has_split else Path(str(data), stem)
-    if (path := _file_in(Path(data), stem)) is None:
-        found = f"no {stem}.csv, .tsv, .json, .jsonl or .parquet"
-        found = found if Path(data).is_dir() else "no such file or folder"
-        raise InputError(f"{data}: {found}; --data names another folder or file")
-    return path
-
-
-def _file_in(folder: Path, stem: str) -> Path | None:
-    """The file `stem` of a folder, or the "folder" itself if it is a file; None without one."""
-    candidates = [folder, *(folder / f"{stem}{suffix}" for suffix in SUFFIXES)]
-    found = [path for path in candidates if path.is_file()]
-    if len(found) > 1:
-        names = f"{found[0].name} and {found[1].name}"
-        raise InputError(f"{folder}: found {names}, expected one of them; --data may name a file")
-    return found[0] if found else None
-
-
-def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> list[Row]:
-    """Read and check all rows of a file, in its order.
+def read_rows(
+    path: str | Path, skipped: list[str] | None = None, log=print, unique_ids: bool = False
+) -> list[Row]:
+    """Read and check all rows of a file, in its order. Rows without ids are numbered from 0.
 
     A bad row raises InputError. With a list `skipped`, bad rows are left out instead, and their
-    error messages are appended to the list. `log` gets a line if rows are changed.
+    error messages are appended to the list. With `unique_ids`, a row with the id of an earlier one
+    is bad. `log` gets a line if rows are changed.
     """
     rows, line_of, n_composed, n_skipped = [], {}, 0, len(skipped or [])
-    for line, record in _records(Path(path), skipped):
+    records = list(read_records(Path(path), [name for name in COLUMNS if name != "id"]))
+    numbered = all(_id(record) is None for _, record in records)
+    for number, (line, record) in enumerate(records):
+        where = f"{path}:{line}"
         try:
-            found = _row(record, f"{path}:{line}")
+            if isinstance(record, InputError):
+                raise record
+            expect(isinstance(record, dict), where, "row", record, "an object")
+            row_id = number if numbered else _id(record)
+            found = _row(record, row_id, where)
             row = normalized(found)
-            unique = f"a unique id; line {line_of.get(row.id)} has it too"
-            expect(row.id not in line_of, row.where, "id", row.id, unique)
-            line_of[row.id] = line
+            if unique_ids:
+                unique = f"a unique id; line {line_of.get(row.id)} has it too"
+                expect(row.id not in line_of, where, "id", row.id, unique)
+                line_of[row.id] = line
             rows.append(row)
             n_composed += row != found
         except InputError as error:
@@ -105,10 +78,11 @@ def read_rows(path: str | Path, skipped: list[str] | None = None, log=print) -> 
         bad = (skipped or [])[n_skipped:]
         found = f"all {len(bad)} rows are bad; the first: {bad[0]}" if bad else "no rows"
         raise InputError(f"{path}: {found}")
+    if numbered:
+        log(f"{path}: the rows have no ids; they are numbered from 0")
     if n_composed:
-        log(
-            f"{path}: composed the text of {n_composed} rows (Unicode NFC), and moved their offsets"
-        )
+        changed = f"composed the text of {n_composed} rows (Unicode NFC)"
+        log(f"{path}: {changed}, and moved their offsets")
     return rows
 
 
@@ -116,7 +90,7 @@ def rows_to_predict(data: str | Path, skipped: list[str] | None = None, log=prin
     """Rows of test_data beside the training file of `data`; empty if there is no such file."""
     folder = data_file(data, "train").parent
     is_hub = str(folder).startswith("hub:")
-    path = data_file(folder, "test_data") if is_hub else _file_in(folder, "test_data")
+    path = data_file(folder, "test_data") if is_hub else file_in(folder, "test_data")
     return read_rows(path, skipped, log) if path else []
 
 
@@ -175,68 +149,18 @@ def _look_alikes(a: str, b: str) -> str:
     return f" ({names[0]} differs from {names[1]})"
 
 
-# --- formats ----------------------------------------------------------------------------------
-
-
-def _records(path: Path, skipped: list[str] | None):
-    """Yield (line, fields) for each record of a file; for JSON, line is the record's number."""
-    if str(path).startswith("hub:"):
-        yield from _hub_records(path)
-        return
-    if path.suffix not in (".json", ".jsonl"):
-        yield from read_csv(path, COLUMNS, skipped)
-        return
-    text, is_list, records = read_text(path), path.suffix == ".json", []
-    for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
-        if not piece.strip():
-            continue
-        try:
-            content = parse_json(piece)
-            records += enumerate(content, 1) if is_list else [(number, content)]
-        except (ValueError, TypeError, RecursionError) as error:
-            line = number - 1 + getattr(error, "lineno", 1)
-            expected = f"expected {path.suffix[1:].upper()} rows"
-            raise InputError(f"{path}:{line}: {expected}: {error}") from error
-    for number, record in records:
-        expect(isinstance(record, dict), f"{path}:{number}", "row", record, "an object")
-        yield number, {"id": record.get("guid"), **record}
-
-
-def _hub_records(path: Path):
-    """Yield (number, fields) of HUB/SPLIT, read by the `datasets` library.
-
-    Split test_data is the data set's "test", or "validation" if it has no test split, as KLUE.
-    """
-    spec, split = str(path.parent), path.name
-    if not (found := HUB.fullmatch(spec)):
-        expected = "hub:OWNER/NAME@REVISION[:CONFIG], for a validation file followed by /SPLIT"
-        raise InputError(f"{spec}: expected {expected}")
-    name, revision, config = found.groups()
-    datasets = optional_import("datasets", "hub:")
-    datasets.disable_progress_bars()
-    optional_import("huggingface_hub", "hub:").utils.logging.set_verbosity_error()  # log no retry
-    try:
-        splits = datasets.load_dataset(name, config, revision=revision)
-    except Exception as error:  # the hub, the network and the files raise many kinds
-        message = f"cannot be read from the Hugging Face hub: {first_line(error)}"
-        raise InputError(f"{spec}: {message}") from error
-    if split == "test_data":
-        split = "test" if "test" in splits else "validation"
-    expect(split in splits, spec, "splits", sorted(splits), split)
-    label = splits[split].features.get("label")
-    for number, record in enumerate(splits[split], 1):
-        if isinstance(label, datasets.ClassLabel):
-            has_label = record["label"] not in (None, -1)
-            record["label"] = label.int2str(record["label"]) if has_label else None
-        yield number, {"id": record.get("guid"), **record}
-
-
 # --- fields -----------------------------------------------------------------------------------
 
 
-def _row(record: dict, where: str) -> Row:
+def _id(record):
+    """The id of a record, also named guid; None if it has none."""
+    fields = record if isinstance(record, dict) else {}
+    return fields.get("guid") if fields.get("id") is None else fields["id"]
+
+
+def _row(record: dict, row_id, where: str) -> Row:
     """The row of a record. The labels 100 (competition) and -1 (hub) mean no label."""
-    row_id, sentence, label = (record.get(name) for name in ("id", "sentence", "label"))
+    sentence, label = record.get("sentence"), record.get("label")
     has_sentence = is_text(sentence) and not _is_missing(sentence)
     expect(has_sentence, where, "sentence", sentence, "text")
     entities = [_entity(record.get(f"{who}_entity"), f"{where}: {who}_entity")

@@ -34,6 +34,9 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
     skipped = [] if settings.skip_bad_rows else None
     path = data_file(settings.data, "train")
     rows = with_label_names(read_rows(path, skipped, log), settings.label_order, skipped)
+    copies = repeated_ids(rows)
+    if copies:
+        log(f"{path}: {len(copies)} rows repeat the id of an earlier row: for training only")
     file_version = version(settings.data, rows)
     labels = find_labels(rows, compose(settings.negative_label))
     rows = with_known_labels(rows, labels, skipped)
@@ -52,7 +55,7 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
     if settings.valid == "none":
         valid = []
     elif settings.valid:
-        valid = read_rows(settings.valid, skipped, log)
+        valid = read_rows(settings.valid, skipped, log, unique_ids=True)
         valid = with_label_names(valid, settings.label_order, skipped)
         valid = with_known_labels(valid, labels, skipped)
         held_out, n_rows = {row.sentence for row in valid}, len(rows)
@@ -60,12 +63,17 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         if len(rows) < n_rows:
             n = n_rows - len(rows)
             log(f"left out {n} training rows whose sentences are in {settings.valid} too")
-    elif settings.folds:
-        rows, valid = fold(rows, settings.folds, settings.fold, DATA_SEED)
-    elif test_like:
-        rows, valid = split(rows, labels, 0.11, DATA_SEED, share, like)
     else:
-        rows, valid = split(rows, labels, 0.2, DATA_SEED)
+        first = [row for row in rows if row.where not in copies]
+        if settings.folds:
+            _, valid = fold(first, settings.folds, settings.fold, DATA_SEED)
+        elif test_like:
+            _, valid = split(first, labels, 0.11, DATA_SEED, share, like)
+        else:
+            _, valid = split(first, labels, 0.2, DATA_SEED)
+        rows, n_copies = without_valid(rows, valid, copies, pairs=test_like)
+        if n_copies:
+            log(f"left out {n_copies} rows that repeat a validation row's id, sentence or entities")
     rows = subsample(rows, settings.limit or len(rows))
     if skipped:
         log(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
@@ -74,6 +82,26 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         raise InputError(f"{path}: {found}, expected some of each")
     scaling = (like or valid) if test_like else []
     return ChosenRows(rows, valid, scaling, share, labels, file_version)
+
+
+def repeated_ids(rows: list[Row]) -> set[str]:
+    """The places (Row.where) of rows with the id of an earlier row: augmented copies of it."""
+    first = {}
+    return {row.where for row in rows if first.setdefault(row.id, row) is not row}
+
+
+def without_valid(rows: list[Row], valid: list[Row], copies: set[str], pairs: bool):
+    """(training rows, number of copies left out): neither the rows `valid`, nor copies that have
+    the id, the sentence or, if `pairs`, both words of one of them."""
+
+    def keys(row):
+        words = {("words", row.subject.word, row.object.word)} if pairs else set()
+        return {("id", row.id), ("sentence", row.sentence)} | words
+
+    held_out, of_valid = {row.where for row in valid}, set().union(*map(keys, valid))
+    rest = [row for row in rows if row.where not in held_out]
+    train = [row for row in rest if row.where not in copies or keys(row).isdisjoint(of_valid)]
+    return train, len(rest) - len(train)
 
 
 def subsample(items: list, n: int) -> list:
@@ -94,8 +122,9 @@ def clean(rows: list[Row], negative: str = "no_relation") -> tuple[list[Row], li
     for (*key, label), row in distinct.items():
         if label != negative or tuple(key) not in kept:
             kept[tuple(key)] = row
-    ids = {row.id for row in kept.values()}
-    return [row for row in rows if row.id in ids], [row for row in rows if row.id not in ids]
+    which = {id(row) for row in kept.values()}  # objects, since the ids of rows may repeat
+    removed = [row for row in rows if id(row) not in which]
+    return [row for row in rows if id(row) in which], removed
 
 
 def fold(rows: list[Row], folds: int, number: int, seed: int) -> tuple[list[Row], list[Row]]:

@@ -10,7 +10,8 @@ from tests.helpers import ROOT
 # A module may import modules of the floors above it in this list only.
 FLOORS = (
     {"common"},
-    {"distributed", "rows"},
+    {"distributed", "formats"},
+    {"rows"},
     {"data"},
     {"metrics", "page", "settings", "tokens"},
     {"analysis", "attention", "splits"},

@@ -1,16 +1,18 @@
 """Reading and checking rows: CSV, JSON and JSON lines, and the message for each kind of error."""
 
+import csv
 import itertools
 import json
 import math
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 import infer
 from common import InputError
-from data import KLUE_LABELS, Template, with_known_labels
+from data import KLUE_LABELS, Template, with_known_labels, with_label_names
 from metrics import read_predictions
 from model import load_tokenizer
 from rows import (
@@ -81,10 +83,6 @@ SUBJECT, OBJECT = ":2: subject_entity: ", ":3: object_entity: "
         (
             HEADER + csv_row(o=entity("김", 0, 0)),
             r":2: object_entity: found '김', expected another span",
-        ),
-        (
-            HEADER + csv_row() + csv_row(),
-            r":3: id: found '0', expected a unique id; line 2 has it too",
         ),
         (HEADER + csv_row(id=""), r":2: id: found '', expected a number or text"),
         (HEADER + "0,a,b\n", r":2: row: found \['0', 'a', 'b'\], expected 6 cells"),
@@ -179,19 +177,77 @@ def test_bad_rows_are_skipped_and_their_messages_kept(tmp_path):
     assert [message.split(":")[1] for message in skipped] == ["3", "4", "5"]
 
 
-def test_all_formats_give_the_same_rows(tmp_path, rows):
-    def as_object(r):
-        entities = [dict(zip(ENTITY_FIELDS, e)) for e in (r.subject, r.object)]
-        return {"guid": r.id, "sentence": r.sentence, "subject_entity": entities[0],
-                "object_entity": entities[1], "label": r.label, "source": r.source}  # fmt: skip
+def as_objects(rows, id="id"):
+    entities = [[dict(zip(ENTITY_FIELDS, e)) for e in (r.subject, r.object)] for r in rows]
+    keys = id, "sentence", "subject_entity", "object_entity", "label", "source"
+    values = ((r.id, r.sentence, *e, r.label, r.source) for r, e in zip(rows, entities))
+    return [dict(zip(keys, v)) for v in values]
 
-    objects = [as_object(r) for r in rows[:50]]
+
+@pytest.mark.parametrize("id", ["id", "guid"])
+def test_all_formats_give_the_same_rows(tmp_path, rows, id):
+    objects = as_objects(rows[:50], id)
     as_json = json.dumps(objects, ensure_ascii=False)
-    (tmp_path / "a.json").write_text(as_json, encoding="utf-8-sig")
     as_lines = "\n".join(json.dumps(o) for o in objects) + "\n"
-    (tmp_path / "a.jsonl").write_text(as_lines, encoding="utf-8")
-    for name in ("a.json", "a.jsonl"):
-        assert without_places(read_rows(tmp_path / name)) == without_places(rows[:50])
+    for suffix in ("json", "jsonl", "JSON"):  # the content decides which of both it is
+        (tmp_path / f"list.{suffix}").write_text(as_json, encoding="utf-8-sig")
+        (tmp_path / f"lines.{suffix}").write_text(as_lines, encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(objects), tmp_path / "a.parquet")
+    for name, delimiter in (("a.csv", ","), ("a.CSV", ","), ("a.tsv", "\t")):
+        with open(tmp_path / name, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerows([objects[0], *(o.values() for o in objects)])
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 10
+    for path in files:
+        assert without_places(read_rows(path)) == without_places(rows[:50]), path
+
+
+def test_a_parquet_file_of_the_hub_knows_the_names_of_its_labels(tmp_path, rows):
+    objects = [o | {"label": 29 - KLUE_LABELS.index(o["label"])} for o in as_objects(rows[:50])]
+    features = {"label": {"names": KLUE_LABELS[::-1], "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pyarrow.Table.from_pylist([*objects, objects[0] | {"label": -1}])
+    pyarrow.parquet.write_table(table.replace_schema_metadata(about), tmp_path / "a.parquet")
+    found = read_rows(tmp_path / "a.parquet")
+    assert [r.label for r in found] == [*(r.label for r in rows[:50]), None]
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")  # without the names
+    with pytest.raises(InputError, match=r"b.parquet:1: label: found \d+, a class number"):
+        with_label_names(read_rows(tmp_path / "b.parquet"))
+    (tmp_path / "c.parquet").write_text("id,sentence")
+    with pytest.raises(InputError, match=r"c.parquet: expected a Parquet file: ") as raised:
+        read_rows(tmp_path / "c.parquet")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_rows_without_ids_are_numbered(tmp_path, rows, capsys, name):
+    objects = [{k: v for k, v in o.items() if k != "id"} for o in as_objects(rows[:3])]
+    objects[1]["label"] = [1, 2] if name == "a.jsonl" else None
+    lines = "\n".join(map(json.dumps, objects))
+    if name == "a.csv":
+        with open(tmp_path / name, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([objects[0], *(o.values() for o in objects)])
+    else:
+        (tmp_path / name).write_text(lines)
+    found = read_rows(tmp_path / name, skipped := [], unique_ids=True)
+    assert [r.id for r in found] == ["0", "1", "2"] if name == "a.csv" else ["0", "2"]
+    assert len(skipped) == (name == "a.jsonl")
+    assert "the rows have no ids; they are numbered from 0" in capsys.readouterr().out
+    some = [objects[0], objects[2] | {"id": "a"}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, some)))
+    with pytest.raises(InputError, match=r"b.jsonl:1: id: found None, expected a number or text"):
+        read_rows(tmp_path / "b.jsonl")
+    assert [r.id for r in read_rows(tmp_path / "b.jsonl", [])] == ["a"]
+
+
+def test_ids_may_repeat_except_where_rows_are_predicted(tmp_path):
+    path = write_csv(tmp_path / "a.csv", csv_row(), csv_row(), csv_row("1"))
+    assert [r.id for r in read_rows(path)] == ["0", "0", "1"]
+    with pytest.raises(
+        InputError, match=r"a.csv:3: id: found '0', expected a unique id; line 2 has"
+    ):
+        read_rows(path, unique_ids=True)
 
 
 VALID = {
@@ -205,13 +261,14 @@ VALID = {
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "{", r"a.json:1: expected JSON rows"),
-        ("a.json", '{"a": 1}', r"a.json:1: row: found 'a', expected an object"),
-        ("a.json", "[" * 100_000, r"a.json:1: expected JSON rows"),
-        ("a.jsonl", '{"guid": "0"}\n{', r"a.jsonl:2: expected JSONL rows"),
+        ("a.json", "{", r"a.json:1: expected a JSON list, or an object on each line: Expecting"),
+        ("a.json", '{"a": 1}', r"a.json:1: sentence: found None, expected text"),
+        ("a.json", "[" * 100_000, r"a.json:1: expected a JSON list, or an object on each"),
+        ("a.jsonl", json.dumps(VALID) + "\n{", r"a.jsonl:2: expected a JSON list, or an object on"),
         ("a.jsonl", json.dumps({**VALID, "guid": "\ud800"}), r"a.jsonl:1: id: found '\\ud800'"),
         ("a.jsonl", json.dumps({**VALID, "label": "\ud800"}), r"a.jsonl:1: label: found '\\ud800'"),
-        ("a.jsonl", "[1]\n", r"a.jsonl:1: row: found \[1\], expected an object"),
+        ("a.jsonl", "1\n", r"a.jsonl:1: row: found 1, expected an object"),
+        ("a.json", "[[1]]", r"a.json:1: row: found \[1\], expected an object"),
         ("a.jsonl", '{"guid": "0"}\n', r"a.jsonl:1: sentence: found None, expected text"),
         (
             "a.jsonl",
@@ -377,8 +434,8 @@ def test_data_means_a_folder_a_file_or_a_split_everywhere(tmp_path):
     assert str(data_file("hub:a/b@refs/v1", "train")) == "hub:a/b@refs/v1/train"
     for data in (hub, f"{hub}/train", f"{hub}:re/train"):
         assert version(data, [])["revision"] == "main"
-    with pytest.raises(InputError, match="absent: no such file or folder; --data names another"):
-        data_file(tmp_path / "absent", "train")
+    with pytest.raises(InputError, match=r"absent.csv: no such file; --data names another"):
+        data_file(tmp_path / "absent.csv", "train")
     for name in ("train.csv", "test_data.csv", "test_data.json"):
         (tmp_path / name).touch()
     expected = r"found test_data.csv and test_data.json, expected one of them; --data may name"

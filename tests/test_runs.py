@@ -280,5 +280,6 @@ def test_bad_data_is_one_line(call, tmp_path):
     (tmp_path / "data").mkdir()
     header = "id,sentence,subject_entity,object_entity,label"
     (tmp_path / "data/train.csv").write_text(f"{header}\n0,a,b,c,d\n")
-    expected = "train.py: data/train.csv:2: subject_entity: found 'b', expected a dict literal"
+    found = "train.py: data/train.csv:2: subject_entity: found 'b'"
+    expected = f"{found}, expected a dict literal or a JSON object"
     assert call(TRAIN, code=2).err.strip() == expected

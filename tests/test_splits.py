@@ -39,6 +39,12 @@ def test_which_of_contradictory_rows_cleaning_keeps(labels, kept):
     assert [r.id for r in clean([*repeated, swapped])[0]] == [kept, "9"]
 
 
+def test_cleaning_keeps_rows_that_share_an_id_with_a_removed_one():
+    rows = [row(text, "김", "이", id="7") for text in ("김은 이를 만났다", "김과 이", "김과 이")]
+    assert clean(rows) == (rows[:2], rows[2:])
+    assert clean(rows)[0][1] is rows[1]
+
+
 # --- splits and folds -------------------------------------------------------------------------
 
 
@@ -162,6 +168,35 @@ def test_no_sentence_of_a_validation_file_is_trained_on(tmp_path, capsys):
     assert re.search(message, printed)
     with pytest.raises(InputError, match="0 training rows and"):
         choose_rows(replace(settings, valid=str(SAMPLE / "train.csv")), print)
+
+
+def augmented(rows):
+    """Each row, then a paraphrase of it with the same id."""
+    for r in rows:
+        yield r
+        yield r._replace(sentence=f"{r.sentence} 한편 그렇다.")
+
+
+@pytest.mark.parametrize("options", [{}, {"split": "stratified"}, {"folds": 5, "fold": 1}])
+def test_copies_of_a_row_have_its_id_and_are_never_beside_it_in_validation(tmp_path, rows, options):
+    write_rows(tmp_path / "train.csv", augmented(rows))
+    messages = []
+    chosen = choose_rows(Settings(data=str(tmp_path), **options), messages.append)
+    text = "\n".join(messages)
+    assert f"train.csv: {len(rows)} rows repeat the id of an earlier row: for training" in text
+    valid_ids = [r.id for r in chosen.valid]
+    assert len(set(valid_ids)) == len(valid_ids) > 100
+    assert not any(r.sentence.endswith("한편 그렇다.") for r in chosen.valid)
+    assert not set(valid_ids) & {r.id for r in chosen.train}
+    copies = [r for r in chosen.train if r.sentence.endswith("한편 그렇다.")]
+    left_out = int(re.search(r"left out (\d+) rows that repeat a validation row", text)[1])
+    assert len(copies) + left_out <= len(rows)
+    assert len(copies) > 0.6 * len(rows)
+    if options == {}:
+        pairs = [{(r.subject.word, r.object.word) for r in x} for x in (chosen.train, chosen.valid)]
+        assert not pairs[0] & pairs[1]
+    everything = choose_rows(Settings(data=str(tmp_path), valid="none", clean=False), print)
+    assert len(everything.train) == 2 * len(rows)
 
 
 def test_a_fold_is_taken_from_the_cleaned_rows():
