@@ -78,6 +78,8 @@ def new_figure(width: float, height: float, **grid):
 
 def bar_figure(table: list[dict], columns: list[str], x_label: str) -> Figure:
     """Bars of one or two columns of a table, with intervals if it has "from" and "to"."""
+    if len(table) > BARS:
+        x_label += f" (the first {BARS} of {len(table)} lines of the table)"
     table = table[:BARS]
     figure, axis = new_figure(5.2, 0.9 + len(table) * (0.12 + 0.14 * len(columns)))
     at, thickness = np.arange(len(table)), 0.8 / len(columns)

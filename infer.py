@@ -63,8 +63,10 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--sentence, --subject, --object: found bytes that are not UTF-8")
     if any(one):
         arguments.sentence, arguments.subject, arguments.object = map(compose, one)
-    if any(one) and (arguments.data or arguments.out):
-        raise InputError("--data and --out are for files; --sentence prints its prediction")
+    of_files = ("data", "out", "label_order", "skip_bad_rows")
+    if any(one) and (given := [name for name in of_files if getattr(arguments, name)]):
+        name = given[0].replace("_", "-")
+        raise InputError(f"--{name} is for files; --sentence prints its prediction")
     if not any(one) and (arguments.subject_at, arguments.object_at) != (None, None):
         raise InputError("--subject-at and --object-at are for --sentence")
     if arguments.max_tokens < 1:
@@ -203,7 +205,8 @@ def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worke
     if skipped:
         more = [f"and {len(skipped) - 20} more"] if len(skipped) > 20 else []
         print(f"left out {len(skipped)} bad rows:", *skipped[:20], *more, sep="\n  ")
-    print(scores_or_why_not(rows, labels, probs))
+    if any(row.label is not None for row in rows):
+        print(scores_or_why_not(rows, labels, probs))
 
 
 def scores_or_why_not(rows: list[Row], labels: list[str], probs: np.ndarray) -> str:

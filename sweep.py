@@ -59,7 +59,13 @@ def parse_arguments():
     add("--out", default="runs/sweep", help="folder, named as the study (default: runs/sweep)")
     add("--top", type=int, default=0, help="predict with this many of the best runs, into out/")
     add("arguments", nargs="*", help="after --: arguments of every train.py")
-    return parser.parse_args()
+    found = parser.parse_args()
+    if found.trials < 1 or found.top < 0:
+        expected = "expected at least 1 and at least 0"
+        raise InputError(f"--trials, --top: found {found.trials} and {found.top}, {expected}")
+    if any(argument.split("=")[0] == "--out" for argument in found.arguments):
+        raise InputError("--out: expected before --; each trial has a folder of its own")
+    return found
 
 
 def read_space(path: str | None, arguments: list[str]) -> dict[str, list]:
@@ -68,7 +74,8 @@ def read_space(path: str | None, arguments: list[str]) -> dict[str, list]:
     space = read_json(path, expected) if path else SPACE
     expect(isinstance(space, dict) and space, path, "space", space, expected)
     for name, choices in space.items():
-        valid = name in Settings.__dataclass_fields__ and isinstance(choices, list) and choices
+        known = name in Settings.__dataclass_fields__ and name != "out"
+        valid = known and isinstance(choices, list) and choices
         expect(valid, path, name, choices, expected)
         for choice in choices:
             given = [*arguments, as_argument(name, choice)]

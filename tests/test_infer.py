@@ -95,6 +95,8 @@ def test_one_sentence_says_which_place_it_took(call, checkpoint):
     assert chosen == line + given
     assert call(infer, checkpoint, "--sentence", sentence, *words, "--object-at", 0).out != given
     assert "are for --sentence" in call(infer, checkpoint, "--object-at", 0, code=2).err
+    options = checkpoint, "--sentence", sentence, *words, "--skip-bad-rows"
+    assert "infer.py: --skip-bad-rows is for files" in call(infer, *options, code=2).err
 
 
 def test_a_type_that_the_markers_need_is_asked_for(call, checkpoint):
@@ -115,9 +117,10 @@ def test_labels_that_the_model_does_not_know_are_predicted_without_scores(
     hint = "; --label-order says what numbers mean" if label == "17" else ""
     assert done.out == f"out/run.csv: 5 rows of test.csv\nno scores: {found} at test.csv:6{hint}\n"
     write_rows(tmp_path / "test.csv", [*rows[:4], rows[4]._replace(label=None)])
-    assert (
-        "no scores: 1 of 5 rows have no label" in call(infer, checkpoint, "--data", "test.csv").out
-    )
+    done = call(infer, checkpoint, "--data", "test.csv")
+    assert "no scores: 1 of 5 rows have no label" in done.out
+    write_rows(tmp_path / "test.csv", [row._replace(label=None) for row in some])
+    assert call(infer, checkpoint, "--data", "test.csv").out == "out/run.csv: 5 rows of test.csv\n"
 
 
 def test_bad_rows_are_left_out_counted_and_named(call, checkpoint, rows, tmp_path):

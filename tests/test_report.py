@@ -373,6 +373,13 @@ def test_figures_draw_korean_with_an_installed_font_or_name_a_package(monkeypatc
     figures.drawable_characters.cache_clear()
 
 
+def test_a_figure_says_which_bars_it_leaves_out():
+    table = [{"label": f"a{i}", "n": i} for i in range(51)]
+    label = figures.bar_figure(table, ["n"], "rows").axes[0].get_xlabel()
+    assert label == "rows (the first 50 of 51 lines of the table)"
+    assert figures.bar_figure(table[:50], ["n"], "rows").axes[0].get_xlabel() == "rows"
+
+
 @pytest.mark.parametrize("n_labels", [2, 30, 60])
 def test_figures_fit_into_a_page_of_1200_pixels(n_labels):
     random = np.random.default_rng(0)

@@ -196,6 +196,8 @@ def test_prunes_a_trial_below_the_median(call, quick, space, propose, tmp_path):
         ({"lr": []}, [], r"lr: found \[\]"),
         ({"lr": ["much"]}, [], "--lr"),
         ({"lr": [1]}, ["--headd", "cls"], "--headd"),
+        ({"out": ["a", "b"]}, [], "out: found"),
+        ({"lr": [1]}, ["--out=elsewhere"], "--out: expected before --"),
         ({"lr": [1]}, ["--seeds", "3"], "no --seeds"),
         ({"lr": [1]}, ["--valid", "none"], "--valid none"),
         ({"valid": ["none"]}, [], "--valid none"),
@@ -206,6 +208,12 @@ def test_refuses_in_one_line(call, quick, space, choices, arguments, message):
     done = call(sweep, "--trials", "1", *space(**choices), "--", *arguments, code=2, **quick)
     assert len(done.err.strip().splitlines()) == 1
     assert re.search(message, done.err), done.err
+
+
+@pytest.mark.parametrize("numbers", [("--trials", 0), ("--top", -1)])
+def test_refuses_bad_numbers_in_one_line(call, quick, space, numbers):
+    refused = call(sweep, *space(lr=[1]), *numbers, code=2, **quick).err
+    assert refused.startswith("sweep.py: --trials, --top: found ")
 
 
 def test_refuses_a_bad_storage_in_one_line(call, quick, space):
