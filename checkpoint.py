@@ -130,15 +130,13 @@ def save_progress(
 
 
 def load_progress(folder: Path, settings: TrainingSettings, data_hash: str, parts: dict,
-                  worker: Worker, log) -> Progress:  # fmt: skip
-    """Load the state to resume from into `parts`, and return its progress.
+                  steps: int, worker: Worker, log) -> Progress:  # fmt: skip
+    """Load the state to resume from into `parts`, and return its progress, of `steps` in all.
 
     Reads last.pt, or previous.pt if last.pt is damaged or missing; without either, the run starts
     from the beginning. InputError if it was saved with other settings or other data.
     """
     found = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
-    if settings.resume and not found:
-        raise InputError(f"--resume: {folder} has no last.pt")
     for path in found:
         try:
             content = load_checkpoint(path, PROGRESS_FORMAT)
@@ -154,20 +152,32 @@ def load_progress(folder: Path, settings: TrainingSettings, data_hash: str, part
         for name, part in parts.items():
             if content[name]:  # the scaler has a state in fp16 only
                 part.load_state_dict(content[name])
-        log(f"{path}: resuming after step {content['progress']['step']}")
-        return Progress(**content["progress"])
+        progress = Progress(**content["progress"])
+        finished = progress.step == steps or progress.out_of_patience(settings.patience)
+        found = "already finished; --fresh starts over"
+        log(found if finished else f"{path}: resuming after step {progress.step}")
+        return progress
     return Progress()
 
 
 def _check_same_run(path: Path, content: dict, settings: TrainingSettings, data_hash: str):
     hint = "use --fresh, or another --out"
+    of_train = "head" in content["settings"]
+    if of_train != hasattr(settings, "head"):
+        program = "train.py" if of_train else "pretrain.py"
+        raise InputError(f"{path}: saved by {program}; use another --out")
+    cause = "saved with other rows, focal alphas or encoder"  # unless a path has changed
     for f in fields(settings):
         before = content["settings"].get(f.name, f.default)
         now = getattr(settings, f.name)
-        if before != now and f.metadata["named"] and f.name not in ("data", "valid"):
-            raise InputError(f"{path}: saved with {f.name} = {before!r}, now {now!r}; {hint}")
+        if before in (None, now) or not f.metadata["named"]:  # None: of an older version
+            continue
+        found = f"saved with {f.name} = {before!r}, now {now!r}"
+        if f.name not in ("data", "valid"):
+            raise InputError(f"{path}: {found}; {hint}")
+        cause = f"{found}, which has other rows"
     if content["hash"] != data_hash:
-        raise InputError(f"{path}: saved with other rows, focal alphas or encoder; {hint}")
+        raise InputError(f"{path}: {cause}; {hint}")
 
 
 def write_summary(folder: Path, settings, progress: Progress, about: dict, finished: bool):

@@ -16,7 +16,9 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,24 +61,62 @@ def is_text(value) -> bool:
 # --- programs ---------------------------------------------------------------------------------
 
 
+def end(code: int, message: str, leave=sys.exit):
+    """Print the message as one line on stderr (local rank 0) and exit."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(printable(f"{Path(sys.argv[0]).name}: {message}"), file=sys.stderr, flush=True)
+    leave(code)
+
+
 def exit_on_error(main):
-    """Report InputError and OSError as one line on stderr (local rank 0) and exit with code 2."""
+    """Report InputError and OSError as one line on stderr and exit with code 2; 130 for Ctrl-C."""
 
     @functools.wraps(main)
     def program(*args, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on we clean up
         try:
             main(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            sys.exit(130)
+            end(130, "interrupted")
         except (InputError, OSError) as error:
             if isinstance(error, BrokenPipeError):  # the interpreter's final flush would fail too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(printable(f"{Path(sys.argv[0]).name}: {error}"), file=sys.stderr)
-            sys.exit(2)
+            end(2, str(error))
 
     return program
+
+
+# Programs import this module first: importing torch takes seconds, and Ctrl-C would print where.
+# Other programs that import these modules keep their own handler.
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    signal.signal(signal.SIGINT, lambda *_: end(130, "interrupted", os._exit))
+
+# Names that Hugging Face's Trainer and its examples give to our options.
+OPTION_OF = {
+    "adam-beta2": "beta2",
+    "batch-size": "max-tokens",  # in infer.py
+    "bf16": "amp bf16",
+    "eval-steps": "eval-every",
+    "fp16": "amp fp16",
+    "label-smoothing-factor": "label-smoothing",
+    "learning-rate": "lr",
+    "max-grad-norm": "clip-norm",
+    "max-seq-length": "max-length",
+    "max-train-samples": "limit",
+    "model-name-or-path": "model",
+    "num-train-epochs": "epochs",
+    "output-dir": "out",
+    "overwrite-output-dir": "fresh",
+    "per-device-eval-batch-size": "max-tokens",
+    "per-device-train-batch-size": "batch-size",
+    "save-steps": "save-every",
+    "test-file": "data",
+    "train-file": "data",
+    "validation-file": "valid",
+    "warmup-steps": "warmup-ratio",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,12 +126,26 @@ class Parser(argparse.ArgumentParser):
         options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(**options)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Of a command too, whose unknown options argparse would leave to the main parser."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message: str):
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        known = self._option_string_actions
-        near = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
-        hint = f"did you mean {near[0]}? " if near else ""
+        unknown = re.match(r"unrecognized arguments: --?([\w-]+)", message)
+        hint = self._suggestion(unknown[1].replace("_", "-")) if unknown else ""
         raise InputError(f"{message}; {hint}{self.prog} -h lists all options")
+
+    def _suggestion(self, name: str) -> str:
+        known = self._option_string_actions
+        if name.startswith("resume") and "--fresh" in known:
+            return "the same command resumes by itself; "
+        meant = [f"--{name}", f"--{OPTION_OF.get(name)}"]
+        meant = [option for option in meant if option.split()[0] in known]
+        meant += difflib.get_close_matches(f"--{name}", known, n=1)
+        return f"did you mean {meant[0]}? " if meant else ""
 
 
 def optional_import(package: str, feature: str):

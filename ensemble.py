@@ -4,17 +4,23 @@
     python ensemble.py out/*.csv --soft                         # mean of the probabilities
     python ensemble.py out/a.csv out/b.csv --weights 2 1 --out best.csv
 
-Reads id,pred_label,probs as infer.py writes it. Files of different rows are an error.
+Reads id,pred_label,probs as infer.py writes it. Rows are aligned by id; files of different rows
+are an error. A hard vote counts the labels, a soft one reads the probabilities only.
 """
+
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, Parser, exit_on_error
+
+# isort: split
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 
-from common import InputError, Parser, exit_on_error
-from metrics import Predictions, check_alike, class_names, read_predictions, write_predictions
+from metrics import Predictions, aligned, class_names, read_predictions, write_predictions
 
 
 def vote(submissions: list[Predictions], names: dict[int, str], weights: np.ndarray, soft: bool):
@@ -58,20 +64,26 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--weights: found {len(weights)}, expected {len(files)}, one per file")
     if not all(0 <= w < math.inf for w in weights) or sum(weights) == 0:
         raise InputError(f"--weights: found {weights}, expected numbers from 0, not all 0")
+    if len(set(map(os.path.realpath, files))) < len(files):
+        raise InputError("files: found one twice, expected different ones; --weights counts twice")
     arguments.weights = np.array(weights)
-    for file in files:
-        if Path(arguments.out).resolve().parent == Path(file).resolve().parent:
-            hint = f"expected another folder than that of {file}; the next *.csv would include it"
-            raise InputError(f"--out {arguments.out}: {hint}")
     return arguments
+
+
+def check_output(out: str, files: list[str]):
+    for file in files:
+        if Path(out).resolve().parent == Path(file).resolve().parent:
+            hint = f"expected another folder than that of {file}; the next *.csv would include it"
+            raise InputError(f"--out {out}: {hint}")
 
 
 @exit_on_error
 def main():
     arguments = parse_arguments()
-    submissions = [read_predictions(path) for path in arguments.files]
-    check_alike(submissions)
-    names = class_names(submissions)
+    submissions = aligned([read_predictions(path) for path in arguments.files])
+    check_output(arguments.out, arguments.files)
+    used = "probabilities" if arguments.soft else "labels"
+    names = class_names(submissions, log=lambda text: print(f"{text}; the vote is on the {used}"))
     predicted, probs = vote(submissions, names, arguments.weights, arguments.soft)
     write_predictions(arguments.out, submissions[0].ids, predicted, probs)
     if len(submissions) > 1:

@@ -78,6 +78,8 @@ def new_figure(width: float, height: float, **grid):
 
 def bar_figure(table: list[dict], columns: list[str], x_label: str) -> Figure:
     """Bars of one or two columns of a table, with intervals if it has "from" and "to"."""
+    if len(table) > BARS:
+        x_label += f" (the first {BARS} of {len(table)} lines of the table)"
     table = table[:BARS]
     figure, axis = new_figure(5.2, 0.9 + len(table) * (0.12 + 0.14 * len(columns)))
     at, thickness = np.arange(len(table)), 0.8 / len(columns)
@@ -168,7 +170,7 @@ def log_evaluation(writer, step: int, probs, gold, labels: list[str], rows: list
     for c, line in enumerate(label_table(predicted, gold, labels)):
         if line["rows"]:
             writer.add_pr_curve(f"pr/{line['label']}", gold == c, probs[:, c], step)
-            writer.add_scalar(f"label_f1/{line['label']}", line["F1"], step)
+            writer.add_scalar(f"valid_label_f1/{line['label']}", line["F1"], step)
     writer.add_figure("confusion matrix", confusion_figure(predicted, gold, labels), step)
     ids, worst = [row.id for row in rows], worst_mistakes(probs, predicted, gold)
     cases = text_cases(list_cases(worst, ids, rows, gold, labels, [(probs, predicted)]))

@@ -7,23 +7,29 @@
     torchrun --nproc_per_node=4 infer.py CKPT                  # four GPUs share the file
 
 Writes the competition's format, id,pred_label,probs, in the order of the input. Prints scores if
-every row has a gold label.
+every row has a gold label that the model knows.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, Parser, exit_on_error, is_text, shorten
+
+# isort: split
+
 import argparse
+import os
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import transformers
 
 from checkpoint import load_checkpoint, restore
-from common import InputError, Parser, exit_on_error, is_text
 from data import (
     KLUE_LABELS,
+    MARKERS,
     TYPES,
     Template,
     note_unknown_types,
-    with_known_labels,
     with_label_names,
 )
 from distributed import DTYPES, Worker, process_group
@@ -33,6 +39,9 @@ from rows import Entity, Row, compose, data_file, read_rows
 from tokens import encode
 from vocabulary import unknown_in_rows
 
+OPTIONS = ("--subject", "--object")
+ABOUT = ("run", "data", "labels", "template")
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
@@ -41,11 +50,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", help="file to predict, a folder with test_data.csv, or hub:OWNER/NAME@REVISION"
         "[:CONFIG][/SPLIT] (default: the first run's data folder)")  # fmt: skip
     add("--out", help="file to write (default: out/<run>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")
+    add("--skip-bad-rows", action="store_true",
+        help="leave bad rows out; otherwise the first is an error")  # fmt: skip
     add("--label-order", default="", metavar="ORDER",
         help="what gold labels that are class numbers mean, as in train.py")  # fmt: skip
     add("--sentence", help="predict this sentence instead of a file")
-    add("--subject", help="the subject in the sentence, as WORD:TYPE or WORD; its first occurrence")
+    add("--subject", help="the subject in the sentence, as WORD:TYPE, such as 비틀즈:ORG, or WORD")
     add("--object", help="the object in the sentence, likewise")
+    add("--subject-at", type=int, metavar="N",
+        help="where it starts, from 0, if the word is in the sentence more than once")  # fmt: skip
+    add("--object-at", type=int, metavar="N", help="likewise for the object")
     add("--amp", default="auto", choices=("auto", *DTYPES), help="mixed precision (default: auto)")
     add("--max-tokens", type=int, default=16384, metavar="N",
         help="tokens per batch on a GPU (default: 16384; on a CPU at most 4096)")  # fmt: skip
@@ -57,19 +71,25 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--sentence, --subject, --object: found bytes that are not UTF-8")
     if any(one):
         arguments.sentence, arguments.subject, arguments.object = map(compose, one)
-    if any(one) and (arguments.data or arguments.out):
-        raise InputError("--data and --out are for files; --sentence prints its prediction")
+    of_files = ("data", "out", "label_order", "skip_bad_rows")
+    if any(one) and (given := [name for name in of_files if getattr(arguments, name)]):
+        name = given[0].replace("_", "-")
+        raise InputError(f"--{name} is for files; --sentence prints its prediction")
+    if not any(one) and (arguments.subject_at, arguments.object_at) != (None, None):
+        raise InputError("--subject-at and --object-at are for --sentence")
     if arguments.max_tokens < 1:
         raise InputError(f"--max-tokens: found {arguments.max_tokens}, expected at least 1")
     return arguments
 
 
 def read_about(paths: list[str]) -> list[dict]:
-    """Run, data and labels of each checkpoint; the labels must agree."""
+    """Run, data, labels and template of each checkpoint; the labels must agree."""
+    if len(set(map(os.path.realpath, paths))) < len(paths):
+        raise InputError("checkpoints: found one twice, expected different ones")
     about = []
     for path in paths:
         checkpoint = load_checkpoint(path)
-        about.append({key: checkpoint[key] for key in ("run", "data", "labels")})
+        about.append({key: checkpoint[key] for key in ABOUT})
         if about[-1]["labels"] != about[0]["labels"]:
             raise InputError(f"{path}: its labels, or their order, differ from those of {paths[0]}")
     return about
@@ -83,10 +103,15 @@ def predict_rows(checkpoint: dict, rows: list[Row], worker: Worker, max_tokens: 
     said = unknown_in_rows(tokenizer, rows, template)
     if n_truncated:
         said.append(f"{n_truncated} rows truncated to {max_length} tokens")
-    if worker.rank == 0:
-        print(*(f"{line}\n" for line in said), sep="", end="")
+    for line in said:
+        log_of(worker)(line)
     probs = predict(model.place(worker), examples, worker, max_tokens)
     return scale_negative(probs, checkpoint["negative_factor"])
+
+
+def log_of(worker: Worker):
+    """print on the first rank, nothing on the others."""
+    return print if worker.rank == 0 else lambda text: None
 
 
 def mean_probs(paths: list[str], rows: list[Row], worker: Worker, max_tokens: int) -> np.ndarray:
@@ -98,31 +123,68 @@ def mean_probs(paths: list[str], rows: list[Row], worker: Worker, max_tokens: in
 # --- one sentence -----------------------------------------------------------------------------
 
 
-def find_entity(sentence: str, text: str, option: str, types: tuple[str, ...] | None) -> Entity:
-    """The entity that WORD or WORD:TYPE names, at the word's first occurrence.
+def split_type(text: str, sentence: str, option: str, types: tuple[str, ...] | None):
+    """(word, type or None) of WORD:TYPE or WORD; the word may contain colons.
 
-    The word may contain colons. types: the types that the model knows; None if it takes any.
+    types: the types that the model knows, in any case; None if it takes any.
     """
-    word, _, type_ = text.rpartition(":")
-    if not word or word not in sentence or (text in sentence and type_ not in (types or ())):
-        word, type_ = text, ""
-    if word not in sentence:
-        raise InputError(
-            f"{option}: found {text!r}, expected WORD:TYPE with a word of the sentence"
-        )
+    word, _, type_ = (part.strip() for part in text.rpartition(":"))
+    if types and type_.upper() in types:
+        type_ = type_.upper()
+    elif not word or word not in sentence or (text in sentence and type_ not in (types or ())):
+        word, type_ = text.strip(), ""
+    if not word or word not in sentence:
+        expected = "WORD:TYPE with a word of the sentence"
+        raise InputError(f"{option}: found {text!r}, expected {expected}")
     if type_ and types and type_ not in types:
         raise InputError(f"{option}: found type {type_!r}, expected one of {', '.join(types)}")
-    start = sentence.index(word)
-    return Entity(word, start, start + len(word) - 1, type_ or None)
+    return word, type_ or None
 
 
-def row_from_options(arguments: argparse.Namespace, labels: list[str]) -> Row:
-    types = TYPES if set(labels) == set(KLUE_LABELS) else None
-    options = ("--subject", arguments.subject), ("--object", arguments.object)
-    subject, obj = (find_entity(arguments.sentence, text, name, types) for name, text in options)
-    if subject[1:3] == obj[1:3]:
+def choose_places(sentence: str, words: list[str], given: list[int | None], log=print):
+    """Where the subject and the object start: as given, else the first places that are apart.
+
+    If every two places overlap, as for a word inside the other, the first different ones.
+    """
+    places = []
+    for option, word, at in zip(OPTIONS, words, given):
+        found = [i for i in range(len(sentence)) if sentence.startswith(word, i)]
+        if at is not None and at not in found:
+            where = ", ".join(map(str, found))
+            raise InputError(f"{option}-at: found {at}, expected a place of {word!r}: {where}")
+        places.append(found if at is None else [at])
+    pairs = list(product(*places))
+    apart = [(s, o) for s, o in pairs if s + len(words[0]) <= o or o + len(words[1]) <= s]
+    different = [pair for pair in pairs if words[0] != words[1] or pair[0] != pair[1]]
+    if not different:
         raise InputError("--object: expected another position in the sentence than the subject's")
-    return Row("0", arguments.sentence, subject, obj, None, "", "--sentence")
+    chosen = (apart or different)[0]
+    for option, word, start, found in zip(OPTIONS, words, chosen, places):
+        if len(found) > 1:
+            where = ", ".join(map(str, found))
+            log(f"{option}: {word!r} at {start}, of {where}; {option}-at N takes another")
+    return chosen
+
+
+def row_from_options(arguments: argparse.Namespace, about: list[dict], log) -> Row:
+    """The row of --sentence. InputError if the markers of a model need types that are missing."""
+    labels = about[0]["labels"]
+    needs_types = any("{" in MARKERS[run["template"]["marker"]][0][0] for run in about)
+    sentence, types = arguments.sentence, TYPES if set(labels) == set(KLUE_LABELS) else None
+    texts = arguments.subject, arguments.object
+    found = [split_type(text, sentence, name, types) for name, text in zip(OPTIONS, texts)]
+    for option, text, (_, type_) in zip(OPTIONS, texts, found):
+        if needs_types and not type_:
+            one_of = f", one of {', '.join(types)}" if types else ""
+            expected = f"WORD:TYPE{one_of}: the model's markers need a type"
+            raise InputError(f"{option}: found {text!r}, expected {expected}")
+    words = [word for word, _ in found]
+    starts = choose_places(sentence, words, [arguments.subject_at, arguments.object_at], log)
+    entities = [
+        Entity(word, start, start + len(word) - 1, type_)
+        for (word, type_), start in zip(found, starts)
+    ]
+    return Row("0", sentence, *entities, None, "", "--sentence")
 
 
 # --- a file -----------------------------------------------------------------------------------
@@ -136,27 +198,42 @@ def default_output(runs: list[str]) -> Path:
 
 
 def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worker):
-    labels = about[0]["labels"]
+    labels, paths = about[0]["labels"], arguments.checkpoints
     path = data_file(arguments.data or about[0]["data"], "test_data")
-    log = print if worker.rank == 0 else lambda text: None
-    rows = read_rows(path, log=log, unique_ids=True)
-    note_unknown_types(rows, labels, log)
-    rows = with_label_names(rows, arguments.label_order)
-    n_gold = sum(row.label is not None for row in rows)
-    if n_gold == len(rows):
-        rows = with_known_labels(rows, labels)
     out = Path(arguments.out or default_output([run["run"] for run in about]))
-    probs = mean_probs(arguments.checkpoints, rows, worker, arguments.max_tokens)
+    if out.resolve() in {Path(file).resolve() for file in (path, *paths)}:
+        raise InputError(f"--out {out}: expected another file than those that are read")
+    skipped = [] if arguments.skip_bad_rows else None
+    rows = read_rows(path, skipped, log_of(worker), unique_ids=True)
+    note_unknown_types(rows, labels, log_of(worker))
+    if arguments.label_order:  # without it, class numbers are labels that the model does not know
+        rows = with_label_names(rows, arguments.label_order)
+    probs = mean_probs(paths, rows, worker, arguments.max_tokens)
     if worker.rank > 0:
         return
     predicted = [labels[c] for c in probs.argmax(1)]
     write_predictions(out, [row.id for row in rows], predicted, probs)
     print(f"{out}: {len(rows)} rows of {path}")
-    if n_gold == len(rows):
-        gold = np.array([labels.index(row.label) for row in rows])
-        print(describe(score(probs, gold), labels))
-    elif n_gold:
-        print(f"no scores: only {n_gold} of {len(rows)} rows have a label")
+    if skipped:
+        more = [f"and {len(skipped) - 20} more"] if len(skipped) > 20 else []
+        print(f"left out {len(skipped)} bad rows:", *skipped[:20], *more, sep="\n  ")
+    if any(row.label is not None for row in rows):
+        print(scores_or_why_not(rows, labels, probs))
+
+
+def scores_or_why_not(rows: list[Row], labels: list[str], probs: np.ndarray) -> str:
+    """The scores of probs (N, C) if the model knows the gold label of each row."""
+    unlabelled = sum(row.label is None for row in rows)
+    unknown = [row for row in rows if row.label not in (None, *labels)]
+    if unknown:
+        found = f"{len(unknown)} of {len(rows)} rows have a label that the model does not know"
+        label, where = unknown[0].label, unknown[0].where
+        hint = "; --label-order says what numbers mean" if label.isdigit() else ""
+        return f"no scores: {found}, such as {shorten(label)} at {where}{hint}"
+    if unlabelled:
+        return f"no scores: {unlabelled} of {len(rows)} rows have no label"
+    gold = np.array([labels.index(row.label) for row in rows])
+    return describe(score(probs, gold), labels)
 
 
 @exit_on_error
@@ -169,7 +246,7 @@ def main():
             predict_file(arguments, about, worker)
             return
         labels = about[0]["labels"]
-        row = row_from_options(arguments, labels)
+        row = row_from_options(arguments, about, log_of(worker))
         probs = mean_probs(arguments.checkpoints, [row], worker, arguments.max_tokens)[0]
         if worker.rank == 0:
             print(*(f"{probs[i]:.4f}  {labels[i]}" for i in np.argsort(-probs)[:5]), sep="\n")

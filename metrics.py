@@ -8,8 +8,10 @@ Scores are percentages. Class 0 is the negative label (no_relation).
 """
 
 import csv
+import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,14 @@ class Predictions(NamedTuple):
     probs: np.ndarray  # (N, C), each row sums to 1
     lines: list[int]  # line numbers in the file
     gold: list[str] | None  # the column "label" of a run's valid.csv
+
+    def take(self, rows: list[int]) -> "Predictions":
+        """The rows of these numbers, in this order."""
+        ids, predicted, lines, gold = (
+            values and [values[i] for i in rows]
+            for values in (self.ids, self.predicted, self.lines, self.gold)
+        )
+        return Predictions(self.path, ids, predicted, self.probs[rows], lines, gold)
 
 
 def write_predictions(
@@ -53,12 +63,7 @@ def read_predictions(path: str) -> Predictions:
     line_of, predicted, probs, gold = {}, [], [], []
     for line, cells in read_csv(path, ("id", "pred_label", "probs")):
         where, row_id = f"{path}:{line}", cells["id"]
-        try:
-            p = [float(x) for x in json.loads(cells["probs"])]
-        except (ValueError, TypeError, OverflowError, RecursionError):
-            p = []
-        valid = p and min(p) >= 0 and math.isclose(sum(p), 1, abs_tol=1e-3)
-        expect(valid, where, "probs", cells["probs"], "numbers from 0 to 1 that sum to 1")
+        p = _probabilities(cells["probs"], where)
         n_classes = len(probs[0] if probs else p)
         expect(len(p) == n_classes, where, "classes", len(p), f"{n_classes} as in earlier rows")
         unique = f"a unique id; line {line_of.get(row_id)} has it too"
@@ -73,70 +78,111 @@ def read_predictions(path: str) -> Predictions:
     return Predictions(path, ids, predicted, np.array(probs), lines, gold or None)
 
 
+def _probabilities(cell: str, where: str) -> list[float]:
+    """The probabilities of a cell."""
+    try:
+        p = [float(x) for x in json.loads(cell)]
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        p = []
+    expect(p, where, "probs", cell, "a list of numbers")
+    for x in p:
+        expect(0 <= x <= 1.001, where, "probs", x, "numbers from 0 to 1")
+    is_one = math.isclose(sum(p), 1, abs_tol=1e-3)
+    expect(is_one, where, "probs", cell, f"numbers that sum to 1, not to {sum(p):.6g}")
+    return p
+
+
 def read_summary(folder: Path) -> dict:
     """The summary.json of a run's folder; {} if there is none."""
     path = folder / "summary.json"
     return read_json(path, "the summary of a run") if path.exists() else {}
 
 
-def check_alike(files: list[Predictions]):
-    """Raise InputError unless all files have the same ids, in the same order, and C classes."""
-    first = files[0]
+def aligned(files: list[Predictions], log=print) -> list[Predictions]:
+    """The files with their rows in the order of the first; `log` is told which were not.
+
+    Raises InputError unless all files have the same ids and C classes.
+    """
+    first, out = files[0], files[:1]
     for other in files[1:]:
         missing, extra = set(first.ids) - set(other.ids), set(other.ids) - set(first.ids)
         if alone := missing or extra:
             problem = f"of {first.path} are missing" if missing else f"are not in {first.path}"
             found = f"{len(alone)} rows {problem}, such as id {min(alone)!r}"
             raise InputError(f"{other.path}: {found}; expected files of the same rows")
-        for line, found, expected in zip(other.lines, other.ids, first.ids):
-            order = f"{expected!r}, the order of {first.path}"
-            expect(found == expected, f"{other.path}:{line}", "id", found, order)
         found, expected = other.probs.shape[1], first.probs.shape[1]
         expect(found == expected, other.path, "classes", found, f"{expected} as in {first.path}")
+        if other.ids != first.ids:
+            log(f"{other.path}: its rows are in another order than in {first.path}; aligned by id")
+            number = {row_id: i for i, row_id in enumerate(other.ids)}
+            other = other.take([number[row_id] for row_id in first.ids])
+        out.append(other)
+    return out
 
 
-def class_names(files: list[Predictions], labels: list[str] | None = None) -> dict[int, str]:
+def class_names(
+    files: list[Predictions], labels: list[str] | None = None, log=print
+) -> dict[int, str]:
     """{class: label}: `labels` if given, else KLUE-RE's if they fit, else from the predictions.
 
-    The latter lacks the classes that no row predicts. Raises InputError if a row's pred_label is
-    not its most probable class, as in a file whose probs follow another order of labels.
+    The latter lacks the classes that no row predicts. A later step may have changed the label of
+    some rows: `log` is told how many are not the most probable class. Raises InputError if most
+    of a file are not, since its probs then follow another order of labels.
     """
-    rows = [
-        (f"{file.path}:{line}", label, np.flatnonzero(p >= p.max() - 1e-9).tolist())
-        for file in files
-        for line, label, p in zip(file.lines, file.predicted, file.probs)
-    ]
-    n_classes, predicted = files[0].probs.shape[1], {label for _, label, _ in rows}
+    n_classes = files[0].probs.shape[1]
+    predicted = set().union(*(file.predicted for file in files))
+    known = f"one of {n_classes} labels"
     if labels and len(labels) == n_classes:
         names = dict(enumerate(labels))
     elif n_classes == len(KLUE_LABELS) and predicted <= set(KLUE_LABELS):
         names = dict(enumerate(KLUE_LABELS))
-    else:
-        untied = [(classes[0], label) for _, label, classes in rows if len(classes) == 1]
-        names = dict(reversed(untied))  # a class keeps the label of its first row
-    for where, label, classes in rows:
-        likeliest = [names.get(c) for c in classes]
-        expected = f"{likeliest[0]!r}, the most probable class"
-        expect(label in likeliest, where, "pred_label", label, expected)
+    else:  # the most frequent pairs first
+        known = "a label that has the highest probability of a row"
+        pairs, names = Counter(), {}
+        for file in files:
+            untied = (_likeliest(file.probs).sum(1) == 1).tolist()
+            pairs.update(itertools.compress(zip(file.probs.argmax(1), file.predicted), untied))
+        for (c, label), _ in pairs.most_common():
+            if c not in names and label not in names.values():
+                names[int(c)] = label
+    class_of = {label: c for c, label in names.items()}
+    for file in files:
+        for line, label in zip(file.lines, file.predicted):
+            expect(label in class_of, f"{file.path}:{line}", "pred_label", label, known)
+        classes = np.array([class_of[label] for label in file.predicted])
+        differs = ~_likeliest(file.probs)[np.arange(len(classes)), classes]
+        if not differs.any():
+            continue
+        relation, n = file.probs.argmax(1) != 0, f"{differs.sum()} of {len(classes)} rows"
+        if differs.mean() > 0.5 or (relation.any() and differs[relation].mean() > 0.5):
+            i = differs.argmax()
+            likeliest = names.get(file.probs[i].argmax())
+            expected = f"{likeliest!r}, the most probable class, in most rows ({n} differ)"
+            expect(False, f"{file.path}:{file.lines[i]}", "pred_label", file.predicted[i], expected)
+        log(f"{file.path}: the label of {n} is not the one with the highest probability")
     return names
 
 
+def _likeliest(probs: np.ndarray) -> np.ndarray:
+    """Which classes have the highest probability of their row, also in a tie: (N, C)."""
+    return probs >= probs.max(1, keepdims=True) - 1e-9
+
+
 def gold_classes(
-    file: Predictions, names: dict[int, str], labels: list[str] | None = None
+    file: Predictions, names: dict[int, str], told: list[tuple[str, str]] | None = None
 ) -> np.ndarray:
-    """The gold class of each row (N,), from `labels` (N,) or the file's column "label".
+    """The gold class of each row (N,): of `told`, (place, label) of each row, or of the file.
 
     Raises InputError if there are neither, if the two differ, or if a label has no class.
     """
-    gold = labels or file.gold
-    if gold is None:
+    own = file.gold and [(f"{file.path}:{line}", x) for line, x in zip(file.lines, file.gold)]
+    if not (told or own):
         raise InputError(f"{file.path}: no column label; use --gold FILE with the rows' labels")
     class_of = {label: c for c, label in names.items()}
-    for line, label, own in zip(file.lines, gold, file.gold or gold):
-        where, known = f"{file.path}:{line}", f"one of {len(class_of)} known labels"
-        expect(label == own, where, "label", own, f"{label!r} as in the data or the first file")
-        expect(label in class_of, where, "label", label, known)
-    return np.array([class_of[label] for label in gold])
+    for (place, label), (here, own_label) in zip(told or own, own or told):
+        expect(label in class_of, place, "label", label, f"one of {len(class_of)} known labels")
+        expect(label == own_label, here, "label", own_label, f"{label!r} as in {place}")
+    return np.array([class_of[label] for _, label in told or own])
 
 
 # --- scores -----------------------------------------------------------------------------------

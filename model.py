@@ -6,6 +6,8 @@ loss = relation_loss(logits, batch.labels).sum()
 probs = predict(model, examples, Worker(torch.device("cpu")))      # (N, 30)
 """
 
+import sys
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -136,12 +138,13 @@ def predict(model: RelationModel, examples: list[Example], worker: Worker, max_t
     batches = batches[worker.rank :: worker.world_size]
     shape = len(examples), model.classifier.out_features
     probs = torch.zeros(*shape, dtype=torch.float64, device=worker.device)
-    hide_bar = worker.rank > 0 or None  # None: show it on a terminal
+    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs few lines
+    how = {"mininterval": interval, "delay": interval, "disable": worker.rank > 0}
     forward = model
     if len(batches) >= MANY_BATCHES and not hasattr(model, "rnn") and is_capturable(model, worker):
         forward = GraphedForward(model, worker, max(map(len, batches)), int(lengths.max()))
     with worker.autocast():  # around the loop: each weight is cast once
-        for indices in tqdm(batches, unit="batch", leave=False, disable=hide_bar):
+        for indices in tqdm(batches, unit="batch", leave=False, **how):
             batch = collate(examples, indices)
             rows = to_device(torch.from_numpy(batch.indices), worker.device)
             logits = forward(batch if forward is not model else batch.to(worker.device))

@@ -105,7 +105,9 @@ p { margin: .3rem 0; max-width: 80ch; white-space: pre-line }
 .box { overflow-x: auto; max-width: 100% } img { display: block; max-width: 100% }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .15rem .6rem; text-align: left; white-space: nowrap }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff }
 th { border-bottom: 2px solid #999 } td { border-bottom: 1px solid #e3e3e3 }
+.wide { font-size: 12px } .wide th, .wide td { padding: .15rem .25rem }
 .n { text-align: right } tr:hover { background: #f3f6fa }
 .case { margin: .6rem 0; padding: .4rem .7rem; border-left: 3px solid #ccc }
 mark { padding: 0 .15em; border-radius: 3px }
@@ -147,7 +149,8 @@ def html_table(table: list[dict]) -> str:
         cells = zip(classes, map(html.escape, map(format_cell, values)))
         row = "".join(f'<{tag} class="{name}">{cell}</{tag}>' for name, cell in cells)
         rows += f"<tr>{row}</tr>\n"
-    return f'<div class="box"><table>{rows}</table></div>'
+    wide = ' class="wide"' if len(classes) > 9 else ""  # labels and types, at 1200 pixels
+    return f'<div class="box"><table{wide}>{rows}</table></div>'
 
 
 def html_sentence(row: Row) -> str:

@@ -9,6 +9,11 @@ folder for --model, summary.json, TensorBoard events, and last.pt, from which th
 resumes. The loop is that of train.py.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, atomic_write, exit_on_error
+
+# isort: split
+
 import math
 import shlex
 import tempfile
@@ -22,7 +27,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from common import InputError, atomic_write, exit_on_error, first_line
+from common import first_line
 from distributed import Worker
 from encoder import FlatEncoder, load_model, load_tokenizer
 from rows import data_file, read_rows, rows_to_predict, version
@@ -253,10 +258,11 @@ class MaskedTokenTask(Task):
                     file.write(path.read_bytes())
 
     def next_commands(self, folders: list[Path]) -> str:
-        data = self.settings.data
-        data = "" if data == PretrainingSettings.data else f"--data {shlex.quote(data)} "
-        encoders = [shlex.quote(str(folder / "encoder")) for folder in folders]
-        return "\n".join(f"  python train.py {data}--model {encoder}" for encoder in encoders)
+        options = self.settings.arguments("data", "skip_bad_rows", "max_length", "amp")
+        commands = [
+            ["python", "train.py", *options, f"--model={folder / 'encoder'}"] for folder in folders
+        ]
+        return "\n".join(f"  {shlex.join(command)}" for command in commands)
 
 
 @exit_on_error

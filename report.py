@@ -8,6 +8,11 @@
 `report.py COMMAND -h` lists the options of a command.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, Parser, exit_on_error, expect
+
+# isort: split
+
 import argparse
 import glob
 import inspect
@@ -21,7 +26,6 @@ import numpy as np
 import analysis
 import figures
 import metrics
-from common import InputError, Parser, exit_on_error, expect
 from data import MARKERS, PROMPTS, TYPE_NAMES, Template, with_label_names
 from page import Section, format_cell, write_report
 from rows import Row, data_file, read_rows
@@ -114,8 +118,7 @@ class Loaded(NamedTuple):
 
 def load(paths: list[str], gold_path: str | None, label_order: str = "") -> Loaded:
     """Read files of predictions, their rows and gold labels; check that they fit together."""
-    files = [metrics.read_predictions(path) for path in paths]
-    metrics.check_alike(files)
+    files = metrics.aligned([metrics.read_predictions(path) for path in paths])
     summary = metrics.read_summary(Path(paths[0]).parent)
     names = metrics.class_names(files, summary.get("labels"))
     rows = find_rows(files[0], gold_path, summary)
@@ -124,7 +127,9 @@ def load(paths: list[str], gold_path: str | None, label_order: str = "") -> Load
     )
     for row in rows or []:
         expect(row.label, row.where, "label", row.label, "a label in each row")
-    told = [row.label for row in rows] if rows else files[0].gold
+    told = rows and [(row.where, row.label) for row in rows]
+    if not told and files[0].gold:
+        told = [(f"{paths[0]}:{line}", x) for line, x in zip(files[0].lines, files[0].gold)]
     gold, *_ = (metrics.gold_classes(file, names, told) for file in files)  # all the same
     labels = [names.get(c, f"class {c}") for c in range(files[0].probs.shape[1])]
     runs = [(file.probs, np.array(list(map(labels.index, file.predicted)))) for file in files]
@@ -136,7 +141,7 @@ def find_rows(file: metrics.Predictions, gold_path: str | None, summary: dict) -
 
     If these are not all rows of the data file, say so: ids do not prove that it is the right one.
     """
-    settings = summary.get("settings", {})
+    settings, unique_ids = summary.get("settings", {}), gold_path is not None
     if gold_path is None:
         try:
             valid, data = settings["valid"], settings["data"]
@@ -146,7 +151,7 @@ def find_rows(file: metrics.Predictions, gold_path: str | None, summary: dict) -
             return None
     skipped = [] if settings.get("skip_bad_rows") else None
     row_of = {}  # by id; in training files the first row that has it: the others are copies
-    for row in read_rows(gold_path, skipped):
+    for row in read_rows(gold_path, skipped, unique_ids=unique_ids):
         row_of.setdefault(row.id, row)
     for line, row_id in zip(file.lines, file.ids):
         expected = f"an id of {gold_path}; use --gold FILE with the rows"

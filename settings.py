@@ -23,15 +23,14 @@ DEMO = {
 }  # fmt: skip
 
 
-def setting(default, group: str, help: str, *allowed, auto="", bare=None, named=True):
+def setting(default, group: str, help: str, *allowed, auto="", named=True):
     """A field of TrainingSettings.
 
     allowed: the choices of a text, or the limits of a number. auto: what the default None means.
-    bare: the value of an option given without one. named: False if the setting is not part of the
-    run's name and may change when a run resumes.
+    named: False if the setting is not part of the run's name and may change when a run resumes.
     """
     metadata = {"group": group, "help": help, "allowed": allowed}
-    return field(default=default, metadata=metadata | {"auto": auto, "bare": bare, "named": named})
+    return field(default=default, metadata=metadata | {"auto": auto, "named": named})
 
 
 @dataclass
@@ -84,10 +83,8 @@ class TrainingSettings:
         "steps between saves of last.pt; 0: only at evaluations", 0, math.inf, named=False)
     out: str = setting("", "run",
         "run folder (default: runs/<encoder>-<head>-<other settings>)", named=False)
-    resume: bool = setting(False, "run",
-        "fail unless there is a last.pt (every run resumes from it, also without this option)",
-        named=False)
-    fresh: bool = setting(False, "run", "start over, even if there is a last.pt", named=False)
+    fresh: bool = setting(False, "run",
+        "start over; otherwise the same command resumes from the run's last.pt", named=False)
     cuda_graphs: bool = setting(True, "run",
         "record training steps as CUDA graphs: several times faster", named=False)
     deterministic: bool = setting(False, "run",
@@ -106,8 +103,6 @@ class TrainingSettings:
                 raise InputError(f"{option(f.name)}: found {value}, expected {limits}")
         if self.patience and self.valid == "none":
             raise InputError("--patience needs validation scores; --valid none has none")
-        if self.resume and self.fresh:
-            raise InputError("--resume and --fresh exclude each other")
 
     def name(self) -> str:
         """The run's name: encoder, head, and the settings that differ from their defaults."""
@@ -116,11 +111,17 @@ class TrainingSettings:
         parts = [parent or model.name, self.kind]
         for f in fields(self):
             value = getattr(self, f.name)
-            if value != f.default and f.metadata["named"] and f.name not in ("model", "head"):
+            differs = value != f.default or (f.name == "fold" and self.folds)  # fold 0 is one too
+            if differs and f.metadata["named"] and f.name not in ("model", "head"):
                 value = Path(value).name if "/" in str(value) else value
                 switch = {True: f.name, False: f"no_{f.name}"}
                 parts.append(switch[value] if f.type is bool else f"{f.name}={value}")
         return "-".join(parts)
+
+    def arguments(self, *names: str) -> list[str]:
+        """The command-line arguments that give a program these settings, without the defaults."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        return [as_argument(name, values[name][0]) for name in names if len({*values[name]}) > 1]
 
     def folder(self) -> Path:
         return Path(self.out) if self.out else Path("runs") / self.name()
@@ -167,8 +168,8 @@ class Settings(TrainingSettings):
     gelu: bool = setting(False, "model", "GELU before the classifier")
     dropout: float = setting(0.0, "model", "dropout before the classifier", 0, 0.99)
     entity_embedding: str = setting("none", "model",
-        "add learned embeddings of subject and object, typed: of their types too (without a value: "
-        "plain)", "none", "plain", "typed", bare="plain")
+        "add learned embeddings of subject and object; typed: of their types too", "none", "plain",
+        "typed")
     label_smoothing: float = setting(0.0, "optimisation",
         "label smoothing of the cross entropy", 0, 1)
     focal_gamma: float = setting(0.0, "optimisation",
@@ -216,6 +217,13 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def as_argument(name: str, value) -> str:
+    """A setting with its value, as a command-line argument."""
+    if isinstance(value, bool):
+        return option(name if value else f"no_{name}")
+    return f"{option(name)}={value}"
+
+
 def parse_settings(kind: type, program: str, description: str, arguments=None):
     """The `kind` of TrainingSettings that the command line asks for (default: sys.argv)."""
     how = {"usage": f"{program} [options]", "argument_default": argparse.SUPPRESS}
@@ -226,8 +234,6 @@ def parse_settings(kind: type, program: str, description: str, arguments=None):
         how = {"type": number or str, "metavar": "N" if number is int else "X" if number else None}
         if not number:
             how["choices"] = f.metadata["allowed"] or None
-        if f.metadata["bare"]:
-            how |= {"nargs": "?", "const": f.metadata["bare"]}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         default = f.metadata["auto"] or f.default

@@ -10,6 +10,11 @@ the median of the earlier trials is stopped. The same command resumes a stopped 
 runs/sweep/study.db. With --storage, several machines that share the folder can run it together.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, Parser, exit_on_error, expect, first_line, optional_import, read_json
+
+# isort: split
+
 import ctypes
 import math
 import shlex
@@ -22,12 +27,11 @@ from itertools import starmap
 from pathlib import Path
 
 from checkpoint import PROGRESS_FILES, remove_progress
-from common import InputError, Parser, exit_on_error, expect, first_line, optional_import, read_json
 from data import MARKERS, PROMPTS, TYPE_NAMES
 from distributed import StopSignal
 from metrics import read_summary
 from page import text_table
-from settings import Settings, option, parse_settings
+from settings import Settings, as_argument, parse_settings
 
 try:
     import optuna
@@ -55,7 +59,13 @@ def parse_arguments():
     add("--out", default="runs/sweep", help="folder, named as the study (default: runs/sweep)")
     add("--top", type=int, default=0, help="predict with this many of the best runs, into out/")
     add("arguments", nargs="*", help="after --: arguments of every train.py")
-    return parser.parse_args()
+    found = parser.parse_args()
+    if found.trials < 1 or found.top < 0:
+        expected = "expected at least 1 and at least 0"
+        raise InputError(f"--trials, --top: found {found.trials} and {found.top}, {expected}")
+    if any(argument.split("=")[0] == "--out" for argument in found.arguments):
+        raise InputError("--out: expected before --; each trial has a folder of its own")
+    return found
 
 
 def read_space(path: str | None, arguments: list[str]) -> dict[str, list]:
@@ -64,21 +74,15 @@ def read_space(path: str | None, arguments: list[str]) -> dict[str, list]:
     space = read_json(path, expected) if path else SPACE
     expect(isinstance(space, dict) and space, path, "space", space, expected)
     for name, choices in space.items():
-        valid = name in Settings.__dataclass_fields__ and isinstance(choices, list) and choices
+        known = name in Settings.__dataclass_fields__ and name != "out"
+        valid = known and isinstance(choices, list) and choices
         expect(valid, path, name, choices, expected)
         for choice in choices:
             given = [*arguments, as_argument(name, choice)]
             settings = parse_settings(Settings, "train.py", "", given)
-            if settings.seeds > 1 or settings.valid == "none" or settings.resume:
-                raise InputError("a sweep takes no --seeds, --valid none or --resume")
+            if settings.seeds > 1 or settings.valid == "none":
+                raise InputError("a sweep takes no --seeds or --valid none")
     return space
-
-
-def as_argument(name: str, value) -> str:
-    """A setting as an option of train.py."""
-    if isinstance(value, bool):
-        return option(name if value else f"no_{name}")
-    return f"{option(name)}={value}"
 
 
 # --- trials -----------------------------------------------------------------------------------
@@ -209,15 +213,19 @@ def show(study, trials: list, done: list, folder: Path, arguments: list[str]):
         table.append(line | {name: str(trial.params.get(name, "")) for name in best.params})
     print(f"\n{text_table(table)}")
     varied = [n for n, value in best.params.items() if any(t.params[n] != value for t in done)]
+    if fixed := [name for name in best.params if name not in varied]:
+        print(f"\nno importance for {', '.join(fixed)}: the same in all completed trials")
     if varied and len({t.value for t in done}) > 1:
         fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)  # works with few trials
         shares = optuna.importance.get_param_importances(study, evaluator=fanova, params=varied)
         print("\nimportance of each setting")
         for name, share in shares.items():
             print(f"  {name:20} {share:.2f}")
-    settings = starmap(as_argument, best.params.items())
-    command = ["python", "train.py", *arguments, *settings, "--out", str(folder / "best")]
-    print(f"\nto repeat trial {number_of(best)}, the best:\n  {shlex.join(command)}")
+    elif varied:
+        print(f"\nno importance for {', '.join(varied)}: all completed trials have one score")
+    settings, name = starmap(as_argument, best.params.items()), f"trial-{number_of(best)}"
+    command = ["python", "train.py", *arguments, *settings, "--out", str(folder / f"best-{name}")]
+    print(f"\nto repeat {name}, the best:\n  {shlex.join(command)}")
 
 
 @exit_on_error
@@ -241,6 +249,8 @@ def main(programs: Path = Path(__file__).parent, poll: float = 1.0, heartbeat: i
     if not done:
         raise InputError(f"{folder}: no trial completed, see {folder}/trial-*/log; raise --trials")
     show(study, trials, done, folder, arguments.arguments)
+    given = parse_settings(Settings, "train.py", "", arguments.arguments)
+    options = given.arguments("amp", "skip_bad_rows", "label_order")
     different, written = {}, []  # small search spaces repeat a combination of settings
     for trial in done:
         different.setdefault(str(trial.params), f"trial-{number_of(trial)}")
@@ -248,9 +258,9 @@ def main(programs: Path = Path(__file__).parent, poll: float = 1.0, heartbeat: i
         checkpoint = str(folder / trial / "ckpt.pt")
         written.append(f"out/{folder.name}-{trial}.csv")
         infer = [sys.executable, str(programs / "infer.py"), checkpoint, "--out", written[-1]]
-        if subprocess.run(infer).returncode:
+        if subprocess.run([*infer, *options]).returncode:
             raise InputError(f"{checkpoint}: infer.py failed")
-    if written:
+    if len(written) > 1:
         print(f"to vote:\n  python ensemble.py {shlex.join(written)}")
 
 

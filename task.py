@@ -5,6 +5,8 @@ loss = task.loss(task.model, task.batch(indices, step=0))
 scores = task.evaluate(max_tokens=4096)          # {"micro_f1": ..., "auprc": ..., ...}
 """
 
+import shlex
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -119,6 +121,8 @@ class RelationTask(Task):
             choose_rows(settings, log)
         )
         share = self.negative_share
+        if settings.test_like():  # the same run as with this share given
+            self.settings = replace(settings, no_relation_share=share)
         self.about = {"version": self.version, "labels": self.labels, "negative_share": share}
         self.template = Template(settings.marker, settings.prompt, settings.type_names)
 
@@ -204,8 +208,15 @@ class RelationTask(Task):
         log_evaluation(writer, step, self.probs, self.gold, self.labels, self.valid_rows)
 
     def next_commands(self, folders: list[Path]) -> str:
-        checkpoints = " ".join(str(folder / "ckpt.pt") for folder in folders)
-        return f"  python infer.py {checkpoints}\n  python ensemble.py out/*.csv"
+        """Of several checkpoints infer.py takes the mean, so that there is nothing to vote on."""
+        options = self.settings.arguments("amp", "skip_bad_rows", "label_order")
+        command = ["python", "infer.py", *(str(folder / "ckpt.pt") for folder in folders), *options]
+        command, writes = f"  {shlex.join(command)}", "It writes a submission into out/."
+        try:
+            data_file(data_file(self.settings.data, "train").parent, "test_data")
+        except InputError:
+            return f"{command} --data FILE\n{writes} FILE is what to predict: found no test_data."
+        return f"{command}\n{writes}"
 
 
 def read_focal_alpha(path: str, labels: list[str], device) -> torch.Tensor | None:

@@ -10,6 +10,11 @@ on the validation rows), summary.json, TensorBoard events, and last.pt. The same
 from last.pt.
 """
 
+# First: it handles Ctrl-C while the others are imported.
+from common import InputError, exit_on_error
+
+# isort: split
+
 import gc
 import math
 import os
@@ -26,7 +31,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import Progress, load_progress, remove_progress, save_progress, write_summary
-from common import InputError, exit_on_error
 from distributed import StopSignal, Worker, process_group, restart_count
 from graph_step import make_step
 from settings import Settings, TrainingSettings, parse_settings
@@ -88,11 +92,9 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
     train_step = make_step(task, settings)
     optimizer, scaler = train_step.optimizer, train_step.scaler
     parts = {"weights": task.model, "optimizer": optimizer, "scaler": scaler}
-    progress = load_progress(folder, settings, task.hash, parts, worker, log)
     per_epoch = math.ceil(len(task.lengths) / settings.batch_size)
     steps = settings.epochs * per_epoch
-    if progress.step == steps:
-        log("already finished; --fresh starts over")
+    progress = load_progress(folder, settings, task.hash, parts, steps, worker, log)
     gc.freeze()  # what is loaded stays
     gc.enable()
     if is_first:  # purge_step hides events after the step that the run resumes from
@@ -168,7 +170,7 @@ def finish(folder: Path, task: Task, settings, progress: Progress, writer: Summa
     best = {name: value for name, value in progress.best.items() if name not in ("absent", "step")}
     hparams = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata["named"]}
     hparams = {name: "auto" if value is None else value for name, value in hparams.items()}
-    writer.add_hparams(hparams, {f"best/{name}": best[name] for name in best}, run_name=".")
+    writer.add_hparams(hparams, {f"valid_best/{name}": best[name] for name in best}, run_name=".")
     writer.close()
     write_summary(folder, settings, progress, task.about, finished=True)
     if best:
@@ -200,7 +202,7 @@ def run(settings: TrainingSettings, task_class: type[Task], on_step=lambda step:
             task = None  # free the model of the seed before
             task = task_class(one, worker, log)
             config = task.model.encoder.config
-            one = one.resolve(config.hidden_size, config.num_hidden_layers)
+            one = task.settings.resolve(config.hidden_size, config.num_hidden_layers)
             decay = f"times {one.layer_decay} per layer below it"
             log(f"peak learning rate {one.lr} for the head, {decay}")
             if fresh and number == 0 and is_first:  # not earlier: bad input must not delete a run
@@ -219,8 +221,7 @@ def runs_by_seed(settings: TrainingSettings) -> list[TrainingSettings]:
         return [replace(settings, out=str(settings.folder()))]
     folder = replace(settings, seed=TrainingSettings.seed).folder()
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    runs = [replace(settings, seed=s, seeds=1, out=f"{folder}-seed={s}") for s in seeds]
-    return [runs[0], *(replace(one, resume=False) for one in runs[1:])]  # these may not have begun
+    return [replace(settings, seed=s, seeds=1, out=f"{folder}-seed={s}") for s in seeds]
 
 
 def print_mean(results: list[dict], seeds: list[int]):

@@ -3,6 +3,7 @@
 import ast
 import copy
 import csv
+import shlex
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,12 @@ from tokens import Example
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "sample"
 CPU = Worker(torch.device("cpu"))
+
+
+def next_commands(printed: str) -> list[list[str]]:
+    """The words of each command that a program prints for the user to go on with."""
+    return [shlex.split(line) for line in printed.splitlines() if line.startswith("  python ")]
+
 
 # --- encoders -----------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ def test_a_decoder_trains_and_predicts(call, decoder_folder, tmp_path):
     options = f"--data {SAMPLE} --model {decoder_folder('llama')} --limit 400 --split stratified"
     options += " --amp off --lr 5e-3 --epochs 4 --batch-size 16 --eval-every 1000 --out a"
     options += " --layer-decay 1"  # random weights: every layer learns at the full rate
-    call(train, *options.split(), *"--head entity --entity-embedding".split())
+    call(train, *options.split(), *"--head entity --entity-embedding plain".split())
     best = json.loads((tmp_path / "a" / "summary.json").read_text())["best"]
     assert best["micro_f1"] > 40
     assert "micro F1" in call(infer, "a/ckpt.pt").out

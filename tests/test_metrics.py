@@ -102,16 +102,33 @@ def test_class_names_are_given_or_those_of_klue_re_or_found_in_the_predictions()
     numbered = [f"label {c}" for c in range(30)]
     named = file._replace(predicted=["label 3", "label 0"])
     assert class_names([named], numbered) == dict(enumerate(numbered))
-    with pytest.raises(InputError, match=r"f.csv:2: pred_label: found 'x', expected 'label 3'"):
+    with pytest.raises(
+        InputError, match=r"f.csv:2: pred_label: found 'x', expected one of 30 labels"
+    ):
         class_names([other], numbered)
+    wrong = file._replace(predicted=["label 3", "label 1"])
+    printed = []
+    class_names([wrong], numbered, printed.append)
+    assert printed == [
+        "f.csv: the label of 1 of 2 rows is not the one with the highest probability"
+    ]
+    with pytest.raises(
+        InputError, match=r"f.csv:2: pred_label: found 'label 0', expected 'label 3'"
+    ):
+        class_names([file._replace(predicted=["label 0", "label 0"])], numbered)
 
 
 def test_gold_labels_that_do_not_fit_are_named():
-    file = Predictions("f.csv", ["0", "1"], ["a", "a"], np.eye(2), [2, 3], ["a", "b"])
+    file = Predictions("f.csv", ["0", "1"], ["a", "b"], np.eye(2), [2, 3], ["a", "b"])
     names = {0: "a", 1: "b"}
     assert gold_classes(file, names).tolist() == [0, 1]
-    with pytest.raises(InputError, match=r"f.csv:3: label: found 'b', expected 'a'"):
-        gold_classes(file, names, ["a", "a"])
+    told = [("g.csv:2", "a"), ("g.csv:3", "a")]
+    with pytest.raises(InputError, match=r"f.csv:3: label: found 'b', expected 'a' as in g.csv:3"):
+        gold_classes(file, names, told)
+    told = [("g.csv:2", "a"), ("g.csv:3", "17")]
+    with pytest.raises(InputError, match=r"g.csv:3: label: found '17', expected one of 2 known"):
+        gold_classes(file, names, told)
+    assert gold_classes(file._replace(gold=None), names, told[:1] * 2).tolist() == [0, 0]
     with pytest.raises(InputError, match=r"f.csv:3: label: found 'b', expected one"):
         gold_classes(file, {0: "a"})
     with pytest.raises(InputError, match="--gold"):

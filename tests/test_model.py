@@ -1,6 +1,7 @@
 """The encoder over flat batches, the heads, the losses, and prediction."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -207,3 +208,13 @@ def test_non_finite_probabilities_are_an_error():
     model.classifier.bias.data[0] = float("nan")
     with pytest.raises(InputError, match="3 rows have probabilities that are not finite"):
         predict(model, examples_of((9, 4, 17)), CPU)
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.01, 0), (30, 4)])
+def test_a_log_file_gets_a_line_a_minute(monkeypatch, capsys, seconds, lines):
+    """Each look at the clock is so many seconds after the last: two batches take a minute."""
+    clock = itertools.count(0, seconds)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    predict(RelationModel(encoder_of("bert"), 30), examples_of([9] * 8), CPU, max_tokens=1)
+    printed = capsys.readouterr().err
+    assert printed.count("batch/s") + printed.count("s/batch") == lines

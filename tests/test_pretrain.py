@@ -22,7 +22,7 @@ from pretrain import (
     n_masked,
 )
 from rows import read_rows
-from tests.helpers import FAMILIES, SAMPLE
+from tests.helpers import FAMILIES, SAMPLE, next_commands, write_rows
 
 # --- sentences and masks ------------------------------------------------------------------------
 
@@ -144,7 +144,10 @@ OPTIONS = [*OPTIONS.split(), "--max-length", "64"]
 
 
 def test_pretraining_resumes_and_its_encoder_is_fine_tuned(call, encoder_folder, tmp_path):
-    command = *OPTIONS, "--model", encoder_folder, "--out", "tapt", "--save-every", "5"
+    def command_in(folder):
+        return *OPTIONS, "--model", encoder_folder, "--save-every", "5", "--out", folder
+
+    command = command_in("tapt")
     done = call(pretrain, *command)
     assert "no masked-language-model head: a new one is trained" in done.out
     summary = json.loads((tmp_path / "tapt" / "summary.json").read_text())
@@ -172,9 +175,29 @@ def test_pretraining_resumes_and_its_encoder_is_fine_tuned(call, encoder_folder,
     assert "already finished" in call(pretrain, *command).out
     assert (encoder / "model.safetensors").read_bytes() == whole
 
-    options = f"--data {SAMPLE} --limit 200 --valid none --amp off --epochs 1 --lr 1e-3"
-    call(train, *options.split(), "--model", "tapt/encoder", "--out", "fine")
+    # the printed command works, and neither program resumes from the other's run
+    (command,) = next_commands(done.out)
+    assert command[:2] == ["python", "train.py"]
+    more = "--limit 200 --valid none --epochs 1 --lr 1e-3 --out".split()
+    call(train, *command[2:], *more, "fine")
     assert (tmp_path / "fine" / "ckpt.pt").exists()
+    refused = call(pretrain, *command_in("fine"), code=2).err
+    assert "fine/last.pt: saved by train.py; use another --out" in refused
+    refused = call(train, *command[2:], *more, "tapt", code=2).err
+    assert "tapt/last.pt: saved by pretrain.py; use another --out" in refused
+
+
+def test_other_data_in_the_same_folder_is_named(call, encoder_folder, tmp_path, rows):
+    for name in ("a b", "c"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "train.csv", rows[:40] if name == "c" else rows[:60])
+    command = ["--model", encoder_folder, *"--epochs 1 --max-length 64 --out tapt --data".split()]
+    done = call(pretrain, *command, "a b")
+    refused = call(pretrain, *command, "c", code=2).err
+    found = "saved with data = 'a b', now 'c', which has other rows"
+    assert f"tapt/last.pt: {found}; use --fresh, or another --out" in refused
+    (command,) = next_commands(done.out)
+    assert command[2:] == ["--data=a b", "--max-length=64", "--model=tapt/encoder"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import re
+import shutil
 from dataclasses import fields
 
 import numpy as np
@@ -14,13 +15,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 import ensemble
 import infer
 import train
-from common import InputError
 from data import KLUE_LABELS
-from infer import find_entity
 from metrics import read_predictions, write_predictions
-from rows import Entity
 from settings import Settings
-from tests.helpers import SAMPLE
+from tests.helpers import SAMPLE, next_commands, write_rows
 
 
 def read(path):
@@ -40,8 +38,7 @@ def check_predictions(predicted):
 
 def test_short_demo_then_infer_then_ensemble(call, tmp_path):
     done = call(train, "--demo", "--epochs", 1, "--limit", 100)
-    commands = re.findall(r"^  python (.*)$", done.out, re.MULTILINE)
-    assert commands == ["infer.py runs/demo/ckpt.pt", "ensemble.py out/*.csv"]
+    assert next_commands(done.out) == [["python", "infer.py", "runs/demo/ckpt.pt"]]
     valid = read(tmp_path / "runs/demo/valid.csv")
     assert list(valid[0]) == ["id", "label", "pred_label", "probs"]
     assert re.search(r"micro F1 \d", call(infer, "runs/demo/ckpt.pt").out)
@@ -57,13 +54,13 @@ def test_demo_then_infer_then_ensemble(run, call, tmp_path):
     done = run("train.py", "--demo")
     f1 = float(re.findall(r"\nmicro F1 (\d+\.\d+)", done.stdout)[-1])
     assert f1 > 80
-    commands = re.findall(r"^  python (.*)$", done.stdout, re.MULTILINE)
-    assert commands == ["infer.py runs/demo/ckpt.pt", "ensemble.py out/*.csv"]
+    (command,) = next_commands(done.stdout)
+    assert command == ["python", "infer.py", "runs/demo/ckpt.pt"]
     summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
     assert summary["best"]["micro_f1"] == pytest.approx(f1, abs=0.01)
     check_events(EventAccumulator(str(tmp_path / "runs/demo"), {"images": 0}).Reload())  # 0: all
 
-    done = run(*commands[0].split())
+    done = run(*command[1:])
     assert re.search(r"micro F1 \d", done.stdout)
     predicted = read(tmp_path / "out/demo.csv")
     check_predictions(predicted)
@@ -86,9 +83,41 @@ def test_demo_then_infer_then_ensemble(run, call, tmp_path):
     assert "truncated" in call(infer, checkpoint, code=2).err
 
 
+def test_the_printed_commands_work_whatever_the_folders_are_called_and_hold(
+    call, encoder_folder, tmp_path, rows
+):
+    """Names with spaces, a bad row that was skipped, an out/ with the files of other runs."""
+    shutil.copytree(encoder_folder, tmp_path / "an encoder")
+    (tmp_path / "my data").mkdir()
+    write_rows(tmp_path / "my data/train.csv", rows)
+    submission(tmp_path / "out/other.csv", probs_of({0: 1.0}))
+    arguments = "--limit 60 --epochs 1 --lr 1e-3 --amp off --skip-bad-rows --split stratified"
+    arguments = [*arguments.split(), "--data", "my data", "--model", "an encoder"]
+    done = call(train, *arguments, "--out", "my runs/no test")
+    (command,) = next_commands(done.out)
+    assert command[-2:] == ["--data", "FILE"]
+    assert "FILE is what to predict: found no test_data." in done.out
+    call(infer, *command[2:-1], "my data/train.csv")
+
+    write_rows(tmp_path / "my data/test_data.csv", [rows[0]._replace(id=""), *rows[:9]])
+    done = call(train, *arguments, "--seeds", 2, "--out", "my runs/a b")
+    one, other, both = next_commands(done.out)
+    paths = [f"my runs/a b-seed={seed}/ckpt.pt" for seed in (42, 43)]
+    options = ["--amp=off", "--skip-bad-rows"]
+    assert [one, other, both] == [
+        ["python", "infer.py", *checkpoints, *options]
+        for checkpoints in (paths[:1], paths[1:], paths)
+    ]
+    assert "9 rows of" in call(infer, *both[2:]).out
+
+
 def check_events(events):
     """TensorBoard's data of a demo run with 8 evaluations."""
-    assert {"train/loss", "valid/micro_f1", "label_f1/per:title"} <= set(events.Tags()["scalars"])
+    scalars = events.Tags()["scalars"]
+    assert {"train/loss", "valid/micro_f1", "valid_label_f1/per:title"} <= set(scalars)
+    # TensorBoard sorts groups by name, and opens the first two
+    groups = sorted({tag.split("/")[0] for tag in scalars})
+    assert groups == ["train", "valid", "valid_best", "valid_label_f1"]
     assert {"pr/per:title", "worst mistakes/text_summary"} <= set(events.Tags()["tensors"])
     assert events.Tags()["images"] == ["confusion matrix"]
     assert len(events.Images("confusion matrix")) == 8
@@ -122,21 +151,6 @@ def test_a_sentence_in_another_encoding_is_one_line(call):
     sentence, word = "비틀즈의 노래".encode("cp949").decode("utf-8", "surrogateescape"), "노래"
     options = ["--sentence", sentence, "--subject", word, "--object", word]
     assert "bytes that are not UTF-8" in call(infer, "none.pt", *options, code=2).err
-
-
-def test_an_entity_is_found_in_the_sentence_with_a_type_that_the_model_knows():
-    sentence, types = "오전 10:30에 비틀즈가", ("PER", "ORG")
-    assert find_entity(sentence, "비틀즈:ORG", "--object", types) == Entity("비틀즈", 10, 12, "ORG")
-    assert find_entity(sentence, "비틀즈:ROBOT", "--object", None).type == "ROBOT"
-    assert find_entity(sentence, "10:30", "--object", types) == Entity("10:30", 3, 7, None)
-    assert find_entity(sentence, "10:30:PER", "--object", types) == Entity("10:30", 3, 7, "PER")
-    assert find_entity(sentence, "10:30", "--object", None) == Entity("10:30", 3, 7, None)
-    expected = r"--object: found type 'PERSON', expected one of PER, ORG"
-    with pytest.raises(InputError, match=expected):
-        find_entity(sentence, "비틀즈:PERSON", "--object", types)
-    for wrong in ("비틀스:ORG", "비틀스", ":ORG"):
-        with pytest.raises(InputError, match=r"--object: found .* with a word of the sentence"):
-            find_entity(sentence, wrong, "--object", types)
 
 
 @pytest.mark.slow
@@ -201,13 +215,13 @@ BAD_FILES = {
     "missing": ({"probs": BASE[:2]}, r"1 rows of .*a.csv are missing, such as id '2'"),
     "extra": ({"probs": BASE[[0, 1, 2, 2]]}, r"1 rows are not in .*a.csv, such as id '3'"),
     "others": ({"probs": BASE, "ids": ["0", "1", "x"]}, r"missing, such as id '2'"),
-    "order": ({"probs": BASE, "ids": ["1", "0", "2"]}, r"order.csv:2: id: found '1', expected '0'"),
     "repeated": (
         {"probs": BASE, "ids": ["0", "1", "1"]},
         r"repeated.csv:4: id: found '1', expected a unique id; line 3 has it too",
     ),
     "classes": ({"probs": BASE[:, :29]}, r"classes: found 29, expected 30"),
-    "sum": ({"probs": BASE * 2}, r"sum.csv:2: probs: found .* numbers from 0 to 1 that sum to 1"),
+    "sum": ({"probs": BASE * 0.98}, r"sum.csv:2: probs: found .* that sum to 1, not to 0\.98$"),
+    "above": ({"probs": BASE * 2}, r"above.csv:2: probs: found 2.0, expected numbers from 0 to 1"),
     "nan": ({"probs": BASE * np.nan}, r"nan.csv:2: probs: found"),
     "negative": (
         {"probs": probs_of({0: 1.5, 1: -0.5}, {1: 1}, {2: 1})},
@@ -215,7 +229,7 @@ BAD_FILES = {
     ),
     "names": (
         {"probs": BASE, "predicted": [KLUE_LABELS[9]] * 3},
-        r"names.csv:2: pred_label: found .* the most probable class",
+        r"names.csv:2: pred_label: found .* the most probable class, .* \(3 of 3 rows differ\)",
     ),
 }
 
@@ -238,6 +252,8 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(call, three, tmp_path, na
         ("in/a.csv --weights 1 2", "--weights: found 2, expected 1"),
         ("in/a.csv --weights 0", "--weights: found"),
         ("in/a.csv --out in/vote.csv", "--out in/vote.csv: expected another folder"),
+        ("absent.csv", "absent.csv: cannot be read"),  # in the folder of --out
+        ("in/a.csv ./in/a.csv", "files: found one twice"),
     ],
 )
 def test_bad_arguments_of_a_vote_are_one_line(call, three, tmp_path, arguments, expected):
@@ -246,3 +262,49 @@ def test_bad_arguments_of_a_vote_are_one_line(call, three, tmp_path, arguments, 
     assert refused.startswith(f"ensemble.py: {expected}")
     assert len(refused.strip().splitlines()) == 1
     assert (tmp_path / "submission.csv").read_text() == "old"
+
+
+def test_files_in_another_order_are_aligned_by_id(call, three, tmp_path):
+    call(ensemble, *three, "--soft", "--out", "expected.csv")
+    b = read_predictions(three[1])
+    submission(tmp_path / "in/b.csv", b.probs[[2, 0, 1]], ["2", "0", "1"])
+    done = call(ensemble, *three, "--soft")
+    assert f"{three[1]}: its rows are in another order than in {three[0]}; aligned" in done.out
+    assert (tmp_path / "submission.csv").read_bytes() == (tmp_path / "expected.csv").read_bytes()
+    assert "order" not in call(ensemble, three[0]).out
+
+
+def test_labels_that_a_second_step_has_changed_count_in_a_hard_vote_only(call, three, tmp_path):
+    a = read_predictions(three[0])
+    changed = [KLUE_LABELS[7], *a.predicted[1:]]
+    submission(tmp_path / "in/a.csv", a.probs, predicted=changed)
+    found = f"{three[0]}: the label of 1 of 3 rows is not the one with the highest probability; "
+    done = call(ensemble, three[0])
+    assert f"{found}the vote is on the labels" in done.out
+    assert read_predictions(str(tmp_path / "submission.csv")).predicted == changed
+    done = call(ensemble, three[0], "--soft")
+    assert f"{found}the vote is on the probabilities" in done.out
+    assert read_predictions(str(tmp_path / "submission.csv")).predicted == a.predicted
+
+
+def test_probabilities_in_another_order_of_labels_are_found_among_many_negative_rows(
+    call, three, tmp_path
+):
+    """Both orders have no_relation first, and most rows are no_relation."""
+    probs = probs_of(*[{0: 1.0}] * 8, {1: 1.0}, {2: 1.0})
+    other = [KLUE_LABELS[c] for c in [0] * 8 + [2, 1]]
+    path = submission(tmp_path / "in/other.csv", probs, predicted=other)
+    refused = call(ensemble, path, code=2).err
+    assert "other.csv:10: pred_label: found 'org:members', expected 'org:top_members" in refused
+    assert "(2 of 10 rows differ)" in refused
+
+
+def test_own_labels_are_named_by_most_rows_and_must_all_be_known(call, tmp_path):
+    probs = np.eye(2)[[0, 0, 0, 1, 1, 1]]
+    labels = ["none", "none", "b", "b", "b", "b"]  # the third was changed
+    path = submission(tmp_path / "in/own.csv", probs, predicted=labels)
+    assert "the label of 1 of 6 rows" in call(ensemble, path).out
+    assert read_predictions(str(tmp_path / "submission.csv")).predicted == labels
+    path = submission(tmp_path / "in/own.csv", probs, predicted=[*labels[:5], "c"])
+    refused = call(ensemble, path, code=2).err
+    assert "own.csv:7: pred_label: found 'c', expected a label that has the" in refused

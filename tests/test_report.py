@@ -50,6 +50,9 @@ for (const page of pages) for (const width of widths) {
         results.push({width, inner: frame.contentWindow.innerWidth,
             scroll: inside.documentElement.scrollWidth,
             beyond: beyond.map(element => element.tagName),
+            scrolled: [...inside.querySelectorAll(".box")].filter(
+                box => box.scrollWidth > box.clientWidth).map(
+                box => box.closest("section").querySelector("h2").innerText),
             images: [...inside.images].map(image => image.naturalWidth),
             scripts: inside.scripts.length,
             hostile: text.includes('<script>document.title = "hit"'),
@@ -261,6 +264,9 @@ def test_mcnemar_is_printed(folder, capsys, tmp_path, monkeypatch, undrawn):
         (["errors"], "required: FILE"),
         (["errors", "a-1/absent.csv"], "cannot be read"),
         (["errors", "a-1/valid.csv", "--gold", SAMPLE / "test_data.csv"], "--gold FILE"),
+        (["errors", "a-1/valid.csv", "--golden", "x"], "did you mean --gold?"),
+        (["compare", "a-1/valid.csv", "b-1/valid.csv", "--output_dir=x"], "did you mean --out?"),
+        (["errors", "a-1/valid.csv", "--gold", "gold.csv"], "gold.csv:3: label: found 'per:titel'"),
         (["data", "train.csv", "train.csv"], "expected one or two different ones"),
         (["data", "train.csv", "b.csv", "c.csv"], "found 3 files"),
         (["data", "absent.csv"], "report.py: absent.csv: cannot be read"),
@@ -272,6 +278,8 @@ def test_mcnemar_is_printed(folder, capsys, tmp_path, monkeypatch, undrawn):
 )
 def test_bad_input_is_one_line(folder, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(folder)
+    some = read_rows("train.csv")
+    write_rows("gold.csv", [some[0], some[1]._replace(label="per:titel"), *some[2:]])
     with pytest.raises(SystemExit, match="2"):
         report_main(*arguments)
     error = capsys.readouterr().err
@@ -365,6 +373,13 @@ def test_figures_draw_korean_with_an_installed_font_or_name_a_package(monkeypatc
     figures.drawable_characters.cache_clear()
 
 
+def test_a_figure_says_which_bars_it_leaves_out():
+    table = [{"label": f"a{i}", "n": i} for i in range(51)]
+    label = figures.bar_figure(table, ["n"], "rows").axes[0].get_xlabel()
+    assert label == "rows (the first 50 of 51 lines of the table)"
+    assert figures.bar_figure(table[:50], ["n"], "rows").axes[0].get_xlabel() == "rows"
+
+
 @pytest.mark.parametrize("n_labels", [2, 30, 60])
 def test_figures_fit_into_a_page_of_1200_pixels(n_labels):
     random = np.random.default_rng(0)
@@ -387,7 +402,7 @@ def test_tensorboard_shows_an_evaluation(folder, tmp_path):
         figures.log_evaluation(writer, 7, probs, gold, KLUE_LABELS, some)
     events = EventAccumulator(str(tmp_path / "events")).Reload()
     present = {row.label for row in some}
-    assert {f"label_f1/{label}" for label in present} == set(events.Tags()["scalars"])
+    assert {f"valid_label_f1/{label}" for label in present} == set(events.Tags()["scalars"])
     assert {f"pr/{label}" for label in present} <= set(events.Tags()["tensors"])
     assert events.Tags()["images"] == ["confusion matrix"]
     text = events.Tensors("worst mistakes/text_summary")[0]
@@ -440,4 +455,5 @@ def test_nothing_runs_off_a_page_of_1200_pixels(in_browser):
     assert len(found_at_1200) == 3
     for found in found_at_1200:
         assert found["beyond"] == []
+        assert found["scrolled"] == []  # a box scrolls unseen where scroll bars are hidden
         assert max(found["images"]) <= 1100

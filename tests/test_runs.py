@@ -102,7 +102,8 @@ def test_a_resumed_run_is_identical_to_an_uninterrupted_one(call, encoder_folder
     assert "last.pt: saved with lr = 0.001, now 5.0; use --fresh, or another --out" in refused.err
     assert len(refused.err.strip().splitlines()) == 1
     finished = call(TRAIN, *small("encoder", "a", *every))
-    assert f"resuming after step {steps}\nalready finished" in finished.out
+    assert "already finished; --fresh starts over" in finished.out
+    assert "resuming" not in finished.out
 
 
 # --- the best model ---------------------------------------------------------------------------
@@ -141,7 +142,8 @@ def test_the_best_evaluations_model_is_kept_and_patience_ends_the_run(
     assert kept["scores"] == summary["best"]
     name = "classifier.weight"
     assert not torch.equal(kept["weights"][name], last["weights"][name])
-    call(program(planned_task([])), *arguments)  # patience has ended: an evaluation would fail
+    done = call(program(planned_task([])), *arguments)  # an evaluation would fail
+    assert "already finished" in done.out  # patience has ended
     assert read_summary(tmp_path / "a") == summary
 
     # the learning rates by layer are those of the last step
@@ -222,6 +224,19 @@ def test_the_limit_leaves_the_validation_rows_as_they_are_and_the_learning_rate_
     assert abs(np.mean([label == "no_relation" for label in predicted]) - 0.4) < 0.02
 
 
+def test_a_value_that_the_program_would_choose_may_be_given_when_a_run_resumes(
+    call, encoder_folder, tmp_path
+):
+    arguments = f"--data {SAMPLE} --model {encoder_folder} --amp off --epochs 1 --limit 60 --out a"
+    arguments = arguments.split()
+    call(TRAIN, *arguments)
+    assert read_summary(tmp_path / "a")["settings"]["no_relation_share"] == 0.6
+    same = [*arguments, "--no-relation-share", 0.6, "--lr", 0.0026, "--layer-decay", 0.377]
+    assert "already finished" in call(TRAIN, *same).out
+    refused = call(TRAIN, *arguments, "--no-relation-share", 0.5, code=2).err
+    assert "saved with no_relation_share = 0.6, now 0.5; use --fresh, or another" in refused
+
+
 @pytest.mark.slow
 def test_several_seeds_are_a_run_each_and_their_checkpoints_predict_together(
     call, encoder_folder, tmp_path
@@ -234,9 +249,9 @@ def test_several_seeds_are_a_run_each_and_their_checkpoints_predict_together(
     f1 = [scores["micro_f1"] for scores in best]
     assert f"micro_f1 {np.mean(f1):.2f} ± {np.std(f1, ddof=1):.2f}" in done.out
     assert "python infer.py s-seed=7/ckpt.pt s-seed=8/ckpt.pt" in done.out
-    assert call(TRAIN, *arguments).out.count("resuming after step") == 2
+    assert call(TRAIN, *arguments).out.count("already finished") == 2
     shutil.rmtree(tmp_path / "s-seed=8")  # as if the command had been stopped before
-    assert call(TRAIN, *arguments, "--resume").out.count("resuming after step") == 1
+    assert call(TRAIN, *arguments).out.count("already finished") == 1
 
     one, other = "s-seed=7/ckpt.pt", "s-seed=8/ckpt.pt"
     for paths in ([one], [other], [one, other]):
@@ -261,7 +276,7 @@ def test_several_seeds_are_a_run_each_and_their_checkpoints_predict_together(
 
 
 def test_bad_data_is_one_line(call, tmp_path):
-    expected = "train.py: data: no train.csv"
+    expected = "train.py: data: no "
     assert call(TRAIN, code=2).err.strip().startswith(expected)
     (tmp_path / "data").mkdir()
     header = "id,sentence,subject_entity,object_entity,label"

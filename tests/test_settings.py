@@ -24,6 +24,9 @@ def test_settings_come_from_the_command_line():
         ("--model runs/tapt/encoder", "runs/tapt-entity"),
         ("--model encoder", "runs/encoder-entity"),
         ("--out elsewhere --lr 1e-4", "elsewhere"),
+        ("--folds 5", "runs/roberta-large-entity-folds=5-fold=0"),
+        ("--folds 5 --fold 0", "runs/roberta-large-entity-folds=5-fold=0"),
+        ("--folds 5 --fold 1", "runs/roberta-large-entity-folds=5-fold=1"),
         (
             "--head bilstm --no-clean --lr 1e-4 --gelu",
             "runs/roberta-large-bilstm-lr=0.0001-no_clean-gelu",
@@ -67,7 +70,6 @@ def test_learning_rate_and_decay_depend_on_the_encoder_unless_given(
         "--lr nan",
         "--max-length 10",
         "--label-smoothing 0.1 --focal-gamma 2",
-        "--resume --fresh",
         "--patience 2 --valid none",
         "--folds 5 --fold 5",
         "--folds 1",
@@ -88,3 +90,9 @@ def test_an_unknown_option_suggests_the_closest_one():
     expected = r"^unrecognized arguments: --batch_size 8; did you mean --batch-size\? train"
     with pytest.raises(InputError, match=expected):
         parse("--batch_size 8")
+
+
+@pytest.mark.parametrize("given", ["--resume", "--resume_from_checkpoint x"])
+def test_a_run_resumes_without_an_option(given):
+    with pytest.raises(InputError, match=r"; the same command resumes by itself; train.py -h"):
+        parse(given)

@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 import sweep
-from settings import Settings, parse_settings
+from settings import Settings, as_argument, parse_settings
 from tests.helpers import ROOT, SAMPLE
 
 TRAIN = """
@@ -124,7 +124,7 @@ def test_default_space_has_only_settings():
 
 def test_arguments_are_those_of_train():
     expected = {"lr": 1e-5, "clean": False, "gelu": True, "entity_embedding": "plain"}
-    given = [sweep.as_argument(name, value) for name, value in expected.items()]
+    given = [as_argument(name, value) for name, value in expected.items()]
     assert given[:3] == ["--lr=1e-05", "--no-clean", "--gelu"]
     settings = parse_settings(Settings, "train.py", "", given)
     assert {name: getattr(settings, name) for name in expected} == expected
@@ -148,9 +148,12 @@ def test_finds_the_best_and_survives_a_crash(call, quick, space, propose, tmp_pa
         ["3", "3.00", "complete"],
         ["1", "–", "fail"],
     ]
-    assert "python train.py --head cls --lr=2 --epochs=3 --out runs/sweep/best\n" in done.out
+    assert (
+        "python train.py --head cls --lr=2 --epochs=3 --out runs/sweep/best-trial-2\n" in done.out
+    )
     importance = done.out.split("importance of each setting\n")[1].split("\n\n")[0]
-    assert importance.split() == ["lr", "1.00"]  # epochs has one choice
+    assert importance.split() == ["lr", "1.00"]
+    assert "\nno importance for epochs: the same in all completed trials\n" in done.out
     # trial 4 has the settings of trial 2, and 3 those of 0
     assert "python ensemble.py out/sweep-trial-2.csv out/sweep-trial-0.csv\n" in done.out
     assert (tmp_path / "out/sweep-trial-0.csv").read_text() == "runs/sweep/trial-0/ckpt.pt"
@@ -193,9 +196,11 @@ def test_prunes_a_trial_below_the_median(call, quick, space, propose, tmp_path):
         ({"lr": []}, [], r"lr: found \[\]"),
         ({"lr": ["much"]}, [], "--lr"),
         ({"lr": [1]}, ["--headd", "cls"], "--headd"),
+        ({"out": ["a", "b"]}, [], "out: found"),
+        ({"lr": [1]}, ["--out=elsewhere"], "--out: expected before --"),
         ({"lr": [1]}, ["--seeds", "3"], "no --seeds"),
         ({"lr": [1]}, ["--valid", "none"], "--valid none"),
-        ({"resume": [True]}, [], "--resume"),
+        ({"valid": ["none"]}, [], "--valid none"),
         ({"lr": [13]}, [], "no trial completed"),
     ],
 )
@@ -203,6 +208,12 @@ def test_refuses_in_one_line(call, quick, space, choices, arguments, message):
     done = call(sweep, "--trials", "1", *space(**choices), "--", *arguments, code=2, **quick)
     assert len(done.err.strip().splitlines()) == 1
     assert re.search(message, done.err), done.err
+
+
+@pytest.mark.parametrize("numbers", [("--trials", 0), ("--top", -1)])
+def test_refuses_bad_numbers_in_one_line(call, quick, space, numbers):
+    refused = call(sweep, *space(lr=[1]), *numbers, code=2, **quick).err
+    assert refused.startswith("sweep.py: --trials, --top: found ")
 
 
 def test_refuses_a_bad_storage_in_one_line(call, quick, space):
