@@ -9,8 +9,9 @@ import infer
 from checkpoint import save_checkpoint
 from common import InputError
 from data import KLUE_LABELS, TYPES, Template
+from encoder import load_encoder, load_tokenizer
 from infer import choose_places, split_type
-from model import RelationModel, load_encoder, load_tokenizer
+from model import RelationModel
 from tests.helpers import write_rows
 
 # --- one sentence -----------------------------------------------------------------------------

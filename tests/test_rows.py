@@ -13,8 +13,8 @@ import pytest
 import infer
 from common import InputError
 from data import KLUE_LABELS, Template, with_known_labels, with_label_names
+from encoder import load_tokenizer
 from metrics import read_predictions
-from model import load_tokenizer
 from rows import (
     ENTITY_FIELDS,
     Entity,
