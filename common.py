@@ -202,7 +202,7 @@ def read_text(path: str | Path) -> str:
 SIGNATURES = {
     b"PAR1": "a Parquet file: name it .parquet",
     b"ARROW1": "an Arrow file",
-    b"PK": "a ZIP archive, such as an Excel sheet or a checkpoint",
+    b"PK\x03\x04": "a ZIP archive, such as an Excel sheet or a checkpoint",
     b"\xd0\xcf\x11\xe0": "an old Excel sheet",
     b"\x1f\x8b": "a gzip archive",
     b"\x80": "a pickle",

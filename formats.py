@@ -92,14 +92,15 @@ def _parquet_records(path: Path):
     """Yield (number, fields) of a Parquet file; those of the hub know the names of labels."""
     parquet = optional_import("pyarrow.parquet", "a .parquet file")
     try:
-        table = parquet.ParquetFile(path).read()
+        table = parquet.ParquetFile(path, page_checksum_verification=True).read()
+        records = table.to_pylist()
+        about = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of ValueError
         raise InputError(f"{path}: expected a Parquet file: {first_line(error)}") from error
     twice = [name for name in set(table.column_names) if table.column_names.count(name) > 1]
     expect(not twice, str(path), "columns", ", ".join(twice), "each column once")
-    about = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
     label = about.get("info", {}).get("features", {}).get("label", {})
-    yield from enumerate(_with_names(table.to_pylist(), label.get("names")), 1)
+    yield from enumerate(_with_names(records, label.get("names")), 1)
 
 
 def _hub_records(path: Path):
@@ -131,6 +132,6 @@ def _hub_records(path: Path):
 def _with_names(records, names: list[str] | None):
     """The records; with `names`, their labels by name. -1 stays, which means no label."""
     for record in records:
-        if names and record["label"] in range(len(names)):
-            record["label"] = names[record["label"]]
+        if names and record.get("label") in range(len(names)):
+            record["label"] = names[int(record["label"])]
         yield record

@@ -24,7 +24,7 @@ import numpy as np
 import transformers
 
 from checkpoint import load_checkpoint, restore
-from data import KLUE_LABELS, MARKERS, TYPES, Template, with_label_names
+from data import KLUE_LABELS, MARKERS, TYPES, Template, note_unknown_types, with_label_names
 from distributed import DTYPES, Worker, process_group
 from metrics import describe, scale_negative, score, write_predictions
 from model import predict
@@ -194,6 +194,7 @@ def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worke
         raise InputError(f"--out {out}: expected another file than those that are read")
     skipped = [] if arguments.skip_bad_rows else None
     rows = read_rows(path, skipped, log_of(worker), unique_ids=True)
+    note_unknown_types(rows, labels, log_of(worker))
     if arguments.label_order:  # without it, class numbers are labels that the model does not know
         rows = with_label_names(rows, arguments.label_order)
     probs = mean_probs(paths, rows, worker, arguments.max_tokens)

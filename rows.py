@@ -8,6 +8,7 @@ See docs/data.md.
 """
 
 import ast
+import math
 import re
 import unicodedata
 from hashlib import sha256
@@ -172,13 +173,16 @@ def _row(record: dict, row_id, where: str) -> Row:
     label = None if _is_missing(label) else re.sub(r"^(-?\d+)\.0*$", r"\1", str(label).strip())
     label = None if label in ("100", "-1") else label
     source = record.get("source")
+    has_text = _is_missing(source) or type(source) in (int, float) or is_text(source)
+    expect(has_text, where, "source", source, "text")
     source = "" if _is_missing(source) else str(source)
     return Row(str(row_id), sentence, *entities, label, source, where)
 
 
 def _is_missing(value) -> bool:
     """Whether a value is null, blank or NaN, which pandas writes for a missing one."""
-    return value is None or str(value).strip().lower() in ("", "nan")
+    blank = isinstance(value, str) and value.strip().lower() in ("", "nan")
+    return value is None or blank or (isinstance(value, float) and math.isnan(value))
 
 
 # A fast path for the usual cell: ast.literal_eval takes ten times as long, 2 s for KLUE-RE.
@@ -204,7 +208,7 @@ def _entity(found, where: str) -> Entity:
         expected = f"a dict of {', '.join(ENTITY_FIELDS)}"
         raise InputError(f"{where}: found {shorten(found)}, expected {expected}")
     word, start, end, type_ = (found.get(key) for key in ENTITY_FIELDS)
-    expect(is_text(word), where, "word", word, "text")
+    expect(is_text(word) and word.strip(), where, "word", word, "text")
     expect(type(start) is int, where, "start_idx", start, "a whole number")
     expect(type(end) is int, where, "end_idx", end, "a whole number")
     expect(_is_missing(type_) or is_text(type_), where, "type", type_, "text such as PER")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import InputError
-from data import KLUE_LABELS, find_labels, with_known_labels, with_label_names
+from data import KLUE_LABELS, find_labels, note_unknown_types, with_known_labels, with_label_names
 from rows import Row, compose, data_file, read_rows, rows_to_predict, version
 from settings import Settings
 
@@ -43,6 +43,7 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
     if not rows:
         raise InputError(f"{path}: all {len(skipped)} rows are bad; the first: {skipped[0]}")
     log(f"{path}: {len(rows)} rows, {len(labels)} labels")
+    note_unknown_types(rows, labels, log)
     if settings.clean:
         rows, removed = clean(rows, labels[0])
         log(f"cleaning removed {len(removed)} duplicate or contradictory rows")

@@ -16,13 +16,14 @@ from data import (
     diff,
     find_labels,
     label_order,
+    note_unknown_types,
     particle,
     with_known_labels,
     with_label_names,
 )
 from metrics import write_predictions
 from rows import read_rows
-from tests.helpers import row, write_rows
+from tests.helpers import SAMPLE, row, write_rows
 
 SENTENCE = "〈Something〉는 조지 해리슨이 쓰고 비틀즈가 1969년 앨범 《Abbey Road》에 담은 노래다."
 BEATLES = row(SENTENCE, "비틀즈", "조지 해리슨", types=("ORG", "PER"))
@@ -117,6 +118,19 @@ def test_a_file_that_is_no_label_order_is_an_error(tmp_path, content):
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"a.json: expected a JSON list of labels, or an object"):
         label_order(str(tmp_path / "a.json"))
+
+
+def test_entity_types_that_klue_re_lacks_are_named(rows):
+    lower = [r._replace(subject=r.subject._replace(type=r.subject.type.lower())) for r in rows[:9]]
+    note_unknown_types([*lower, *rows[9:20]], KLUE_LABELS, (messages := []).append)
+    (message,) = messages
+    assert message.startswith(
+        f"{SAMPLE / 'train.csv'}: 9 of 40 entities have other types than PER,"
+    )
+    assert "such as 'per'" in message
+    note_unknown_types(rows, KLUE_LABELS, messages.append)
+    note_unknown_types(lower, ["none", "knows"], messages.append)
+    assert len(messages) == 1
 
 
 # --- templates --------------------------------------------------------------------------------
@@ -273,3 +287,7 @@ def test_a_diff_is_printed_one_line_per_row(call, tmp_path):
         "~ old.csv:2 -> new.csv:2  id 5  per:title -> per:spouse  김 / 이",
         "1 rows added (+), 1 removed (-), 1 relabelled (~)",
     ]
+    write_rows(tmp_path / "numbers.csv", numbered(old, LABEL_ORDERS["klue"]))
+    assert "a class number" in call(data, "--diff", "old.csv", "numbers.csv", code=2).err
+    printed = call(data, "--diff", "old.csv", "numbers.csv", "--label-order", "klue").out
+    assert printed == "0 rows added (+), 0 removed (-), 0 relabelled (~)\n"

@@ -55,7 +55,7 @@ def check_rows(path):
 @fuzz
 @given(content=st.binary(max_size=300))
 def test_any_bytes(tmp_path, content):
-    for name in ("a.csv", "a.json", "a.jsonl"):
+    for name in ("a.csv", "a.tsv", "a.json", "a.jsonl", "a.parquet"):
         (tmp_path / name).write_bytes(content)
         check_rows(tmp_path / name)
 

@@ -84,6 +84,7 @@ SUBJECT, OBJECT = ":2: subject_entity: ", ":3: object_entity: "
             HEADER + csv_row(o=entity("김", 0, 0)),
             r":2: object_entity: found '김', expected another span",
         ),
+        (HEADER + csv_row(s=entity(" ", 2, 2)), SUBJECT + r"word: found ' ', expected text"),
         (HEADER + csv_row(id=""), r":2: id: found '', expected a number or text"),
         (HEADER + "0,a,b\n", r":2: row: found \['0', 'a', 'b'\], expected 6 cells"),
         (HEADER + '0,"김은', r":2: broken CSV"),
@@ -203,21 +204,29 @@ def test_all_formats_give_the_same_rows(tmp_path, rows, id):
         assert without_places(read_rows(path)) == without_places(rows[:50]), path
 
 
-def test_a_parquet_file_of_the_hub_knows_the_names_of_its_labels(tmp_path, rows):
+@pytest.mark.parametrize("number", [int, float])
+def test_a_parquet_file_of_the_hub_knows_the_names_of_its_labels(tmp_path, rows, number):
     objects = [o | {"label": 29 - KLUE_LABELS.index(o["label"])} for o in as_objects(rows[:50])]
     features = {"label": {"names": KLUE_LABELS[::-1], "_type": "ClassLabel"}}
     about = {"huggingface": json.dumps({"info": {"features": features}})}
-    table = pyarrow.Table.from_pylist([*objects, objects[0] | {"label": -1}])
+    objects = [o | {"label": number(o["label"])} for o in objects]  # pandas: floats
+    table = pyarrow.Table.from_pylist([*objects, objects[0] | {"label": number(-1)}])
     pyarrow.parquet.write_table(table.replace_schema_metadata(about), tmp_path / "a.parquet")
     found = read_rows(tmp_path / "a.parquet")
     assert [r.label for r in found] == [*(r.label for r in rows[:50]), None]
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")  # without the names
     with pytest.raises(InputError, match=r"b.parquet:1: label: found \d+, a class number"):
         with_label_names(read_rows(tmp_path / "b.parquet"))
-    (tmp_path / "c.parquet").write_text("id,sentence")
-    with pytest.raises(InputError, match=r"c.parquet: expected a Parquet file: ") as raised:
-        read_rows(tmp_path / "c.parquet")
-    assert "\n" not in str(raised.value)
+    content = (tmp_path / "b.parquet").read_bytes()
+    for wrong in (b"id,sentence", content.replace("가".encode(), b"\xea\xb0\xea")):
+        (tmp_path / "c.parquet").write_bytes(wrong)
+        with pytest.raises(InputError, match=r"c.parquet: expected a Parquet file: ") as raised:
+            read_rows(tmp_path / "c.parquet")
+        assert "\n" not in str(raised.value)
+    twice = table.append_column("label", table["label"])
+    pyarrow.parquet.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(InputError, match="columns: found 'label', expected each column once"):
+        read_rows(tmp_path / "d.parquet")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
@@ -266,6 +275,8 @@ VALID = {
         ("a.json", "[" * 100_000, r"a.json:1: expected a JSON list, or an object on each"),
         ("a.jsonl", json.dumps(VALID) + "\n{", r"a.jsonl:2: expected a JSON list, or an object on"),
         ("a.jsonl", json.dumps({**VALID, "guid": "\ud800"}), r"a.jsonl:1: id: found '\\ud800'"),
+        ("a.jsonl", json.dumps({**VALID, "label": True}), r"a.jsonl:1: label: found True"),
+        ("a.jsonl", json.dumps({**VALID, "source": ["a"]}), r"a.jsonl:1: source: found \['a'\]"),
         ("a.jsonl", json.dumps({**VALID, "label": "\ud800"}), r"a.jsonl:1: label: found '\\ud800'"),
         ("a.jsonl", "1\n", r"a.jsonl:1: row: found 1, expected an object"),
         ("a.json", "[[1]]", r"a.json:1: row: found \[1\], expected an object"),
