@@ -34,6 +34,13 @@ def expect(holds, where: str, field: str, found, expected: str):
         raise InputError(f"{where}: {field}: found {shorten(found)}, expected {expected}")
 
 
+def expect_new_id(row_id: str, line: int, line_of: dict[str, int], where: str):
+    """Raise InputError if an earlier line has this id; else note its line in `line_of`."""
+    unique = f"a unique id; line {line_of.get(row_id)} has it too"
+    expect(row_id not in line_of, where, "id", row_id, unique)
+    line_of[row_id] = line
+
+
 def shorten(value) -> str:
     """At most 60 characters of repr(value), which escapes line breaks and lone surrogates."""
     try:

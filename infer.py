@@ -24,14 +24,7 @@ import numpy as np
 import transformers
 
 from checkpoint import load_checkpoint, restore
-from data import (
-    KLUE_LABELS,
-    MARKERS,
-    TYPES,
-    Template,
-    note_unknown_types,
-    with_label_names,
-)
+from data import KLUE_LABELS, MARKERS, TYPES, Template, note_unknown_types, with_label_names
 from distributed import DTYPES, Worker, process_group
 from metrics import describe, scale_negative, score, write_predictions
 from model import predict

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import InputError, atomic_write, expect, read_csv, read_json
+from common import InputError, atomic_write, expect, expect_new_id, read_csv, read_json
 from data import KLUE_LABELS
 
 # --- files ------------------------------------------------------------------------------------
@@ -66,9 +66,7 @@ def read_predictions(path: str) -> Predictions:
         p = _probabilities(cells["probs"], where)
         n_classes = len(probs[0] if probs else p)
         expect(len(p) == n_classes, where, "classes", len(p), f"{n_classes} as in earlier rows")
-        unique = f"a unique id; line {line_of.get(row_id)} has it too"
-        expect(row_id not in line_of, where, "id", row_id, unique)
-        line_of[row_id] = line
+        expect_new_id(row_id, line, line_of, where)
         predicted.append(cells["pred_label"])
         probs.append(p)
         gold += [cells["label"]] if "label" in cells else []

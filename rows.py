@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from common import InputError, expect, is_text, parse_json, shorten
+from common import InputError, expect, expect_new_id, is_text, parse_json, shorten
 from formats import HUB, data_file, file_in, read_records
 
 COLUMNS = ("id", "sentence", "subject_entity", "object_entity")  # label and source are optional
@@ -66,9 +66,7 @@ def read_rows(
             found = _row(record, row_id, where)
             row = normalized(found)
             if unique_ids:
-                unique = f"a unique id; line {line_of.get(row.id)} has it too"
-                expect(row.id not in line_of, where, "id", row.id, unique)
-                line_of[row.id] = line
+                expect_new_id(row.id, line, line_of, where)
             rows.append(row)
             n_composed += row != found
         except InputError as error:

@@ -223,9 +223,10 @@ def show(study, trials: list, done: list, folder: Path, arguments: list[str]):
             print(f"  {name:20} {share:.2f}")
     elif varied:
         print(f"\nno importance for {', '.join(varied)}: all completed trials have one score")
-    settings, name = starmap(as_argument, best.params.items()), f"trial-{number_of(best)}"
-    command = ["python", "train.py", *arguments, *settings, "--out", str(folder / f"best-{name}")]
-    print(f"\nto repeat {name}, the best:\n  {shlex.join(command)}")
+    settings, number = starmap(as_argument, best.params.items()), number_of(best)
+    out = str(folder / f"best-trial-{number}")  # another trial may be the best one later
+    command = ["python", "train.py", *arguments, *settings, "--out", out]
+    print(f"\nto repeat trial {number}, the best:\n  {shlex.join(command)}")
 
 
 @exit_on_error
