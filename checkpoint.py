@@ -13,9 +13,11 @@ files contain tensors and plain values only, and are read with weights_only=True
 runs.
 """
 
+import copy
 import json
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -70,7 +72,10 @@ def load_checkpoint(path: str | Path, expected: str = MODEL_FORMAT) -> dict:
 
 
 def save_checkpoint(path: str | Path, model: RelationModel, tokenizer, **content):
-    """Write ckpt.pt; `content` has every other entry that the module's docstring lists."""
+    """Write ckpt.pt; `content` has every other entry that the module's docstring lists.
+
+    "weights" in it take the place of the model's.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {f.name: f.read_text(encoding="utf-8") for f in Path(folder).iterdir()}
@@ -119,14 +124,53 @@ class Progress:
         return 0 < patience <= self.without_gain
 
 
-def save_progress(
-    folder: Path, settings: TrainingSettings, data_hash: str, progress: Progress, parts: dict
-):
-    """Write last.pt and rename the old one to previous.pt; `parts` have a state_dict each."""
-    content = {"format": PROGRESS_FORMAT, "settings": asdict(settings), "hash": data_hash}
-    states = {name: part.state_dict() for name, part in parts.items()}
-    content |= {"progress": asdict(progress), **states}
-    save_tensors(folder / "last.pt", content, keep=folder / "previous.pt")
+def progress_content(settings: TrainingSettings, data_hash: str, progress: Progress) -> dict:
+    """The content of last.pt but for the states."""
+    return {
+        "format": PROGRESS_FORMAT,
+        "settings": asdict(settings),
+        "hash": data_hash,
+        "progress": asdict(progress),
+    }
+
+
+def save_progress(folder: Path, content: dict, states: dict):
+    """Write last.pt and rename the old one to previous.pt."""
+    save_tensors(folder / "last.pt", content | states, keep=folder / "previous.pt")
+
+
+class Saver:
+    """Saves states: on a GPU a copy of them, in a thread, while the training goes on.
+
+    The files of a large model take seconds to write. `wait` raises what a save has raised.
+    """
+
+    def __init__(self, device: torch.device):
+        self.is_async, self.saves = device.type == "cuda", []
+        self.thread = ThreadPoolExecutor(1)
+
+    def __call__(self, states: dict, save, *arguments):
+        """Call save(*arguments, states)."""
+        if self.is_async:
+            try:
+                states = copy.deepcopy(states)
+                self.saves.append(self.thread.submit(self.run, save, *arguments, states))
+                return
+            except torch.OutOfMemoryError:  # save the states themselves
+                self.wait()
+        save(*arguments, states)
+
+    @staticmethod
+    def run(save, *arguments):
+        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        if stream:  # its copies to the CPU wait for this moment, not for later steps
+            stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            save(*arguments)
+
+    def wait(self):
+        while self.saves:
+            self.saves.pop(0).result()
 
 
 def load_progress(folder: Path, settings: TrainingSettings, data_hash: str, parts: dict,

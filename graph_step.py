@@ -62,7 +62,7 @@ class GraphStep(TrainStep):
         """Record the passes of an epoch's batches, the largest first: the others fit its memory."""
         if self.replay_update is None:
             self.prepare_update()
-        lengths = self.task.lengths
+        lengths, max_tokens = self.task.lengths, self.max_tokens
         while True:
             missing = {}
             for indices in batches:
@@ -77,8 +77,10 @@ class GraphStep(TrainStep):
             except torch.OutOfMemoryError:
                 out_of_memory = True
             if not self.worker.any(out_of_memory):
-                return
+                break
             self.shrink_micro_batches(max(batches, key=lambda indices: lengths[indices].sum()))
+        if self.max_tokens < max_tokens:
+            self.task.log(f"out of memory: {self.max_tokens} tokens per micro-batch from now on")
 
     def slots(self, n: int) -> int:
         """The number of sentences that a micro-batch of n is padded to."""

@@ -205,6 +205,7 @@ class MaskedTokenTask(Task):
         self.valid, n_valid_cut = encode_sentences(valid, self.tokenizer, max_length)
         self.lengths = np.array([len(example.ids) for example in self.examples])
         self.n_targets = np.array([n_masked(example) for example in self.examples])
+        self.n_valid_tokens = sum(len(example.ids) for example in self.valid)
         self.log_lengths("sentences", len(valid), n_cut + n_valid_cut)
         for line in unknown_in_sentences(self.tokenizer, sentences):
             log(line)
@@ -248,10 +249,12 @@ class MaskedTokenTask(Task):
     def describe(self, scores: dict) -> str:
         return "masked tokens: loss {loss:.4f}  perplexity {perplexity:.2f}".format(**scores)
 
-    def save(self, folder: Path, scores: dict):
+    def save(self, folder: Path, scores: dict, weights: dict):
         """Write encoder/, a folder that load_encoder and load_tokenizer take."""
         with tempfile.TemporaryDirectory() as temporary:
-            self.model.encoder.save_pretrained(temporary)
+            start = "encoder."
+            weights = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+            self.model.encoder.save_pretrained(temporary, state_dict=weights)
             self.tokenizer.save_pretrained(temporary)
             for path in Path(temporary).iterdir():
                 with atomic_write(folder / "encoder" / path.name, "wb") as file:

@@ -32,8 +32,8 @@ class Task:
     """What the loop trains: examples, a model, a loss and scores. Each process has one.
 
     A subclass sets `model`, `lengths` and `n_targets` (tokens and loss terms of each example,
-    (N,)), `hash` (of data and encoder) and `about` (for summary.json), and defines the methods
-    that raise NotImplementedError here.
+    (N,)), `n_valid_tokens` (of an evaluation), `hash` (of data and encoder) and `about` (for
+    summary.json), and defines the methods that raise NotImplementedError here.
     """
 
     recorder = None  # records graphs in place of CUDA, for tests
@@ -61,8 +61,8 @@ class Task:
         """The scores as a line."""
         raise NotImplementedError
 
-    def save(self, folder: Path, scores: dict):
-        """Write the best model, after `evaluate`."""
+    def save(self, folder: Path, scores: dict, weights: dict):
+        """Write the best model, after `evaluate`; `weights` are the model's state_dict."""
         raise NotImplementedError
 
     def next_commands(self, folders: list[Path]) -> str:
@@ -138,6 +138,7 @@ class RelationTask(Task):
         self.gold = np.array([example.label for example in self.valid])
         self.lengths = np.array([len(example.ids) for example in self.examples])
         self.n_targets = np.ones(len(rows), dtype=int)
+        self.n_valid_tokens = sum(len(example.ids) for example in self.valid + self.scaling)
         self.log_lengths("rows", len(self.valid), n_cut + n_valid_cut)
         for line in unknown_in_rows(self.tokenizer, rows, self.template):
             log(line)
@@ -184,13 +185,13 @@ class RelationTask(Task):
     def describe(self, scores: dict) -> str:
         return describe(scores, self.labels)
 
-    def save(self, folder: Path, scores: dict):
+    def save(self, folder: Path, scores: dict, weights: dict):
         """Write ckpt.pt, and valid.csv with the predictions of the last `evaluate`."""
         data = data_file(self.settings.data, "train").parent
         if not self.version["revision"]:  # a hub data set keeps its name, a file gets a full path
             data = data.resolve()
         save_checkpoint(
-            folder / "ckpt.pt", self.model, self.tokenizer, labels=self.labels,
+            folder / "ckpt.pt", self.model, self.tokenizer, weights=weights, labels=self.labels,
             model_options=self.settings.model_options(), template=self.template._asdict(),
             max_length=self.settings.max_length, negative_factor=self.factor,
             run=folder.name, data=str(data), version=self.version, scores=scores,

@@ -30,7 +30,15 @@ import transformers
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import Progress, load_progress, remove_progress, save_progress, write_summary
+from checkpoint import (
+    Progress,
+    Saver,
+    load_progress,
+    progress_content,
+    remove_progress,
+    save_progress,
+    write_summary,
+)
 from distributed import StopSignal, Worker, process_group, restart_count
 from graph_step import make_step
 from settings import Settings, TrainingSettings, parse_settings
@@ -95,13 +103,16 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
     per_epoch = math.ceil(len(task.lengths) / settings.batch_size)
     steps = settings.epochs * per_epoch
     progress = load_progress(folder, settings, task.hash, parts, steps, worker, log)
+    eval_every, save_every = settings.eval_every or per_epoch, settings.save_every
+    tokens = f"{task.lengths.sum():,} tokens per epoch"
+    log(f"{steps} steps of {settings.batch_size}, {tokens}, evaluations every {eval_every} steps")
     gc.freeze()  # what is loaded stays
     gc.enable()
     if is_first:  # purge_step hides events after the step that the run resumes from
         writer = SummaryWriter(folder, purge_step=progress.step + 1)
         writer.add_text("data", f"{settings.data} {task.about['version']}")
-    window, batches = Window(worker), None
-    eval_every, save_every = settings.eval_every or per_epoch, settings.save_every
+    window, batches, first = Window(worker), None, progress.step
+    saver = Saver(worker.device)
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs few lines
     how = {"unit": "step", "mininterval": interval, "disable": not is_first}
     with tqdm(total=steps, initial=progress.step, **how) as bar:
@@ -126,9 +137,15 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
             text = "loss {loss:.3f}, lr {learning_rate:.1e}, {sentences_per_second:.1f} sentences/s"
             text += ", {skipped_steps} steps skipped" if progress.skipped else ""
             bar.set_postfix_str(text.format(**shown), refresh=False)
+            if progress.step - first == 2 * LOG_EVERY:  # the first steps are slower
+                log(
+                    expected_time(
+                        task, shown["sentences_per_second"], steps, progress.step, eval_every
+                    )
+                )
             scalars = {f"train/{name}": value for name, value in shown.items()}
             if evaluating:
-                scores = evaluate(task, progress, folder, train_step.max_tokens)
+                scores = evaluate(task, progress, folder, train_step.max_tokens, saver)
                 scalars |= {f"valid/{name}": scores[name] for name in scores if name != "absent"}
             if is_first:
                 for name, value in scalars.items():
@@ -138,19 +155,40 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
                 if evaluating:
                     write_summary(folder, settings, progress, task.about, finished=False)
                 if saving:
-                    save_progress(folder, settings, task.hash, progress, parts)
+                    states = {name: part.state_dict() for name, part in parts.items()}
+                    content = progress_content(settings, task.hash, progress)
+                    saver(states, save_progress, folder, content)
             if stopping or (evaluating and worker.any(stop.number > 0)):  # it may come meanwhile
+                saver.wait()
                 log(f"stopped after step {progress.step} of {steps}; the same command resumes")
                 worker.barrier()  # torchrun ends all processes once one has ended
                 sys.exit(128 + (stop.number or signal.SIGTERM))
             window.restart()
+    saver.wait()
     if is_first:
         finish(folder, task, settings, progress, writer)
     return progress.best
 
 
-def evaluate(task: Task, progress: Progress, folder: Path, max_tokens: int) -> dict:
+def expected_time(task: Task, speed: float, steps: int, step: int, eval_every: int) -> str:
+    """How long the rest of a run takes, for a speed in sentences per second.
+
+    A forward pass takes a third of the time of a training step.
+    """
+    n_evaluations = steps // eval_every - step // eval_every + (steps % eval_every > 0)
+    n = (steps - step) * task.settings.batch_size
+    n += n_evaluations * task.n_valid_tokens / task.lengths.mean() / 3
+    minutes = n / speed / 60
+    return (
+        f"about {minutes:.0f} minutes to go"
+        if minutes > 1.5
+        else f"about {60 * minutes:.0f} s to go"
+    )
+
+
+def evaluate(task: Task, progress: Progress, folder: Path, max_tokens: int, saver: Saver) -> dict:
     """Score the model; save it if it is the best so far, or if nothing is scored."""
+    saver.wait()  # saving the model reads what the last evaluation found
     scores = task.evaluate(max_tokens)
     here = scores | {"step": progress.step}
     if scores:
@@ -161,7 +199,8 @@ def evaluate(task: Task, progress: Progress, folder: Path, max_tokens: int) -> d
     if not scores or best is None or task.merit(scores) > task.merit(best):
         progress.best, progress.without_gain = here, 0
         if task.worker.rank == 0:
-            task.save(folder, here)
+            weights = task.model.state_dict()
+            saver(weights, task.save, folder, here)
     return scores
 
 

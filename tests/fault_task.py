@@ -5,6 +5,8 @@
     signal:15       a signal to this process at step 7, on its first start only
     signals:15      the same, and once more after 1.1 seconds
 
+With the variable GRAPHS the steps are those of CUDA graphs, which run eagerly.
+
 If there are two processes, memory and signals concern rank 1 only.
 """
 
@@ -21,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import exit_on_error
 from distributed import restart_count
+from graphs import EagerRecorder
 from settings import Settings, parse_settings
 from task import RelationTask
+from tests import varlen_on_cpu
 from train import run
 
 
@@ -33,6 +37,8 @@ def fault(name: str) -> list[int]:
 
 
 class FaultyTask(RelationTask):
+    recorder = EagerRecorder() if "GRAPHS" in os.environ else None
+
     def batch(self, indices: np.ndarray, step: int):
         n_tokens, self.step = self.lengths[indices].sum(), step
         is_last = self.worker.rank == self.worker.world_size - 1
@@ -60,6 +66,8 @@ def on_step(step: int):
 
 @exit_on_error
 def main():
+    if FaultyTask.recorder:
+        varlen_on_cpu.install()
     run(parse_settings(Settings, "train.py", ""), FaultyTask, on_step)
 
 

@@ -10,6 +10,7 @@ from checkpoint import (
     MODEL_FORMAT,
     PROGRESS_FORMAT,
     DamagedFile,
+    Saver,
     load_checkpoint,
     restore,
     save_checkpoint,
@@ -95,3 +96,21 @@ def test_tokenizer_files_of_a_checkpoint_stay_in_their_folder(checkpoint, tmp_pa
         with pytest.raises(InputError, match="planted"):
             restore(content)
     assert not (tmp_path / "planted").exists()
+
+
+def test_saves_in_a_thread_see_the_states_of_their_time_and_raise_in_wait():
+    saver, weight, found = Saver(torch.device("cuda")), torch.zeros(3), []
+
+    def save(name, states):
+        if name == "full":
+            raise OSError("disk full")
+        found.append((name, states["weight"].tolist()))
+
+    for name in ("first", "second"):
+        saver({"weight": weight}, save, name)
+        weight += 1
+    saver.wait()
+    assert found == [("first", [0, 0, 0]), ("second", [1, 1, 1])]
+    saver({"weight": weight}, save, "full")
+    with pytest.raises(OSError, match="disk full"):
+        saver.wait()
