@@ -41,10 +41,9 @@ class CudaRecorder:
         """A function that replays what `function` launches, and returns the same tensors."""
         graph = torch.cuda.CUDAGraph()
         # The outer context restores the stream: that of a failed capture stays the current one.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=self.pool, stream=self.stream),
-        ):
+        # thread_local: the thread that saves may go on.
+        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **how):
             result = function()
 
         def replay():

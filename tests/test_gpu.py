@@ -15,6 +15,7 @@ import torch
 
 from data import Template
 from distributed import Worker
+from graph_step import GraphStep, make_step
 from model import RelationModel, predict, relation_loss
 from sample.tiny_encoder import make_tiny_encoder
 from settings import Settings
@@ -122,6 +123,108 @@ def test_a_batch_that_does_not_fit_runs_in_micro_batches(encoder_folder):
         assert not torch.equal(before, train_step.optimizer.param_groups[0]["params"][0])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# --- CUDA graphs --------------------------------------------------------------------------------
+
+
+def task_without_dropout(encoder_folder, amp=torch.bfloat16, task_class=RelationTask, **options):
+    settings = Settings(
+        data=str(SAMPLE), model=str(encoder_folder), split="stratified", lr=1e-3, layer_decay=0.9,
+        **options,
+    )  # fmt: skip
+    said = []
+    task = task_class(settings, replace(GPU, amp=amp), said.append)
+    task.said = said
+    for module in task.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return task
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", ["cls", "entity", "bilstm"])
+def test_graphs_give_the_gradients_and_weights_of_eager_steps(encoder_folder, head, amp):
+    """In micro-batches, the last of them small; a second step replays the graphs."""
+    task = task_without_dropout(encoder_folder, amp, head=head, max_tokens=700)
+    other = copy.copy(task)
+    other.model = copy.deepcopy(task.model)
+    eager, graphed = TrainStep(task, task.settings), make_step(other, other.settings)
+    assert isinstance(graphed, GraphStep)
+    batches = [np.arange(64), np.arange(64, 128), np.arange(128, 150)]
+    graphed.prepare(batches)
+    for number, indices in enumerate(batches):
+        expected, found = eager.gradients(indices, number), graphed.gradients(indices, number)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-2)
+        gradients = (
+            torch.cat([p.grad.flatten() for p in t.model.parameters()]) for t in (other, task)
+        )
+        assert distance(*gradients) < 0.02
+        for step in (eager, graphed):
+            step.set_lr(1e-3)
+            assert step.update() == 0
+    weights = (torch.cat([p.flatten() for p in t.model.parameters()]) for t in (other, task))
+    assert distance(*weights) < 0.01
+    assert not any("CUDA graphs" in text for text in task.said)
+
+
+def test_dropout_of_a_graph_follows_the_seed(encoder_folder):
+    settings = Settings(data=str(SAMPLE), model=str(encoder_folder), split="stratified", lr=1e-3)
+    task = RelationTask(settings, replace(GPU, amp=torch.bfloat16), print)
+    step = make_step(task, settings)
+    for module in task.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    step.prepare([np.arange(64)])
+    first, second, again = (step.gradients(np.arange(64), n).item() for n in (1, 2, 1))
+    assert first == again != second
+
+
+def test_a_batch_that_does_not_fit_is_recorded_in_micro_batches(encoder_folder):
+    task = task_without_dropout(encoder_folder, batch_size=1000, max_tokens=10**6)
+    step = make_step(task, task.settings)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    step.prepare([np.arange(1000)])
+    whole = step.gradients(np.arange(1000), 0).item()
+    used = torch.cuda.max_memory_reserved() - before
+    step.passes.clear()
+    torch.cuda.empty_cache()
+    limit = (before + 0.6 * used) / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit)
+    try:
+        step.prepare([np.arange(1000)])
+        assert step.max_tokens < 10**6
+        assert step.gradients(np.arange(1000), 0).item() == pytest.approx(whole, rel=1e-2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+class TaskThatWaits(RelationTask):
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        assert loss.item() < 10**9  # not allowed in a capture
+        return loss
+
+
+def test_training_continues_without_graphs_that_cannot_be_recorded(encoder_folder):
+    task = task_without_dropout(encoder_folder, task_class=TaskThatWaits)
+    step, losses = make_step(task, task.settings), []
+    step.prepare([np.arange(64)])
+    for number in range(8):
+        losses.append(step(np.arange(64), number, 1e-3)[0].item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert [text for text in task.said if "CUDA graphs failed" in text]
+
+
+def test_recorded_prediction_is_that_of_the_model(encoder_folder):
+    task = task_without_dropout(encoder_folder)
+    few = predict(task.model, task.examples[:300], task.worker, max_tokens=10**5)
+    many = predict(task.model, task.examples[:300], task.worker, max_tokens=400)
+    np.testing.assert_allclose(many, few, atol=0.02)
+
+
+# --- runs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from common import InputError, Parser, exit_on_error  # noqa: E402
 from data import KLUE_LABELS  # noqa: E402
 from distributed import Worker, process_group  # noqa: E402
+from graph_step import make_step  # noqa: E402
 from model import predict  # noqa: E402
 from rows import read_rows  # noqa: E402
 from sample.tiny_encoder import make_tokenizer  # noqa: E402
 from settings import Settings  # noqa: E402
-from step import TrainStep  # noqa: E402
 from task import RelationTask  # noqa: E402
 from tokens import epoch_batches  # noqa: E402
 
@@ -53,14 +53,18 @@ SHAPES = {
         "num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16,
         "intermediate_size": 4096, "max_position_embeddings": 514, "type_vocab_size": 1,
     },
+    "small-shape": {  # of multilingual-e5-small
+        "num_hidden_layers": 12, "hidden_size": 384, "num_attention_heads": 12,
+        "intermediate_size": 1536, "max_position_embeddings": 514, "type_vocab_size": 1,
+    },
 }  # fmt: skip
 
 
-def make_encoder(shape: str, folder: str):
+def make_encoder(shape: str, folder: str, **changes):
     """Write a RoBERTa with random weights, and a tokenizer of 32,000 pieces."""
     sentences = [row.sentence for row in read_rows(Path(DATA) / "train.csv")]
     make_tokenizer(folder, sentences, vocab_size=32000)
-    config = transformers.RobertaConfig(vocab_size=32000, pad_token_id=0, **SHAPES[shape])
+    config = transformers.RobertaConfig(vocab_size=32000, pad_token_id=0, **SHAPES[shape] | changes)
     transformers.RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
 
 
@@ -106,7 +110,7 @@ def ours(arguments) -> dict:
         task = make_task(arguments, worker)
         config = task.model.encoder.config
         settings = task.settings.resolve(config.hidden_size, config.num_hidden_layers)
-        train_step = TrainStep(task, settings)
+        train_step = make_step(task, settings)
 
         def train(batches) -> float:
             """Train on these batches; returns the seconds."""
@@ -117,6 +121,7 @@ def ours(arguments) -> dict:
             return time.perf_counter() - start
 
         batches = epoch_batches(task.lengths, settings.batch_size, seed=0, epoch=0)
+        train_step.prepare(batches)
         longest = sorted(batches, key=lambda batch: -task.lengths[batch].sum())
         train(longest[:WARM_UP])  # Trainer begins with long batches too
         if arguments.profile:
