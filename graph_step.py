@@ -33,7 +33,7 @@ class GraphStep(TrainStep):
 
     def __init__(self, task: Task, settings: TrainingSettings, recorder):
         super().__init__(task, settings)
-        self.recorder, self.model, device = recorder, task.model.train(), self.worker.device
+        self.recorder, self.model, device = recorder, task.model, self.worker.device
         for tensor in self.model.state_dict().values():
             self.worker.broadcast(tensor)
         self.half = HalfWeights(self.model, self.worker)
@@ -60,6 +60,7 @@ class GraphStep(TrainStep):
 
     def prepare(self, batches: list[np.ndarray]):
         """Record the passes of an epoch's batches, the largest first: the others fit its memory."""
+        self.model.train()  # an evaluation has changed it
         if self.replay_update is None:
             self.prepare_update()
         lengths, max_tokens = self.task.lengths, self.max_tokens
@@ -206,6 +207,8 @@ class GraphStep(TrainStep):
     # --- one step -----------------------------------------------------------------------------
 
     def gradients(self, indices: np.ndarray, step: int) -> torch.Tensor | None:
+        if not self.model.training:  # an evaluation within the epoch has changed it
+            self.model.train()
         parts, weight = self.micro_batches(indices)
         total, out_of_memory = torch.zeros((), device=self.worker.device), False
         try:

@@ -169,9 +169,8 @@ def test_graphs_give_the_gradients_and_weights_of_eager_steps(encoder_folder, he
 
 
 def test_dropout_of_a_graph_follows_the_seed(encoder_folder):
-    settings = Settings(data=str(SAMPLE), model=str(encoder_folder), split="stratified", lr=1e-3)
-    task = RelationTask(settings, replace(GPU, amp=torch.bfloat16), print)
-    step = make_step(task, settings)
+    task = task_without_dropout(encoder_folder)
+    step = make_step(task, task.settings)
     for module in task.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.3
@@ -184,6 +183,7 @@ def test_a_batch_that_does_not_fit_is_recorded_in_micro_batches(encoder_folder):
     task = task_without_dropout(encoder_folder, batch_size=1000, max_tokens=10**6)
     step = make_step(task, task.settings)
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
     step.prepare([np.arange(1000)])
     whole = step.gradients(np.arange(1000), 0).item()

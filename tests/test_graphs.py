@@ -176,3 +176,19 @@ def test_ten_steps_give_the_weights_of_eager_steps(
         torch.cat([w.flatten() for w in x.values()]) for x in (before, expected, weights)
     )
     assert (found - end).norm() < 1e-3 * (end - start).norm()
+
+
+@pytest.mark.parametrize("head", ["cls", "bilstm"])
+def test_steps_after_an_evaluation_train_with_dropout(encoder_folder, kernel, head):
+    """Both what was recorded before the evaluation and what is recorded after it."""
+    task = relation_task(encoder_folder, head=head, dropout=0.5)
+    step, batches = GraphStep(task, task.settings, EagerRecorder()), [np.arange(16), np.arange(9)]
+    step.prepare(batches[:1])
+    for prepared in ([], batches):
+        task.model.eval()
+        if prepared:
+            step.prepare(prepared)
+        for indices in batches:
+            losses = [step.gradients(indices, seed).item() for seed in (1, 2, 1)]
+            assert losses[0] == losses[2] != losses[1]
+            task.model.eval()
