@@ -15,7 +15,7 @@ FLOORS = (
     {"data"},
     {"metrics", "page", "settings", "tokens"},
     {"analysis", "attention", "splits", "vocabulary"},
-    {"encoder", "figures"},
+    {"encoder", "figures", "targets"},
     {"graphs"},
     {"model"},
     {"checkpoint"},
