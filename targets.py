@@ -93,10 +93,7 @@ def with_targets(settings: Settings, chosen: ChosenRows, rows: list[Row], log):
         ids_of["test_data"] = {row.id for row in unlabelled}
     found = {place: {} for place in ["test_data", *ids_of]}  # {place: {id: [probs (C,)]}}
     for path in settings.soft_labels:
-        file = read_predictions(path)
-        n_classes, expected = file.probs.shape[1], f"the {len(labels)} labels of {train}"
-        expect(n_classes == len(labels), path, "probabilities per row", n_classes, expected)
-        class_names([file], labels, log)
+        file = read_probabilities(path, labels, str(train), log)
         place = place_of(file, ids_of)
         if file.gold:
             check_labels(file, chosen.read)
@@ -120,6 +117,15 @@ def with_targets(settings: Settings, chosen: ChosenRows, rows: list[Row], log):
         log(f"left out {n} rows of test_data whose sentences are validation sentences")
     note_others("--soft-labels", soft, rows, log)
     return rows + extra, targets
+
+
+def read_probabilities(path: str, labels: list[str], train: str, log) -> Predictions:
+    """A file of predictions for these labels, of the training file `train`; others raise."""
+    file = read_predictions(path)
+    n_classes, expected = file.probs.shape[1], f"the {len(labels)} labels of {train}"
+    expect(n_classes == len(labels), path, "probabilities per row", n_classes, expected)
+    class_names([file], labels, log)
+    return file
 
 
 def place_of(file: Predictions, ids_of: dict[str, set[str]]) -> str:
