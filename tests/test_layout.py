@@ -16,7 +16,7 @@ FLOORS = (
     {"metrics", "page", "settings", "tokens"},
     {"analysis", "attention", "splits", "vocabulary"},
     {"encoder", "figures", "targets"},
-    {"graphs", "labels"},
+    {"graphs", "labels", "selection"},
     {"model"},
     {"checkpoint"},
     {"task"},
