@@ -1,22 +1,25 @@
 """Soft targets, and training rows dropped and relabelled."""
 
 import csv
+import re
+import shlex
 
 import numpy as np
 import pytest
 import torch
 
+import infer
 import train
 from common import InputError
 from data import KLUE_LABELS
 from distributed import Worker
-from metrics import write_predictions
+from metrics import read_predictions, write_predictions
 from rows import read_rows
 from settings import Settings
 from splits import choose_rows
 from targets import edited, with_targets
 from task import RelationTask
-from tests.helpers import SAMPLE, write_rows
+from tests.helpers import ROOT, SAMPLE, write_rows
 
 LABELS = dict(enumerate(KLUE_LABELS))
 
@@ -220,3 +223,18 @@ def test_training_with_soft_labels_and_edits_resumes_only_with_the_same_ones(
     assert Settings(model="tiny", drop="a/x.csv", relabel="y.csv").name() == name
     name = "tiny-entity-soft_labels=x.csv+y.csv-soft_mix=1.0"
     assert Settings(model="tiny", soft_labels=("a/x.csv", "y.csv"), soft_mix=1.0).name() == name
+
+
+@pytest.mark.slow
+def test_the_four_commands_of_the_docs_make_one_model_of_three_seeds(call, tmp_path):
+    text = (ROOT / "docs/running.md").read_text(encoding="utf-8")
+    section = text.split("## From three seeds to one model\n")[1].split("\n## ")[0]
+    commands = re.findall(r"^    (python .+)$", section, re.MULTILINE)[:4]
+    programs = {"train.py": train, "infer.py": infer}
+    for command in commands:
+        _, name, *arguments = shlex.split(command)
+        done = call(programs[name], *arguments)
+    voted, student = (read_predictions(tmp_path / f"out/{x}.csv") for x in ("vote", "student"))
+    assert voted.ids == student.ids
+    assert np.mean([a == b for a, b in zip(voted.predicted, student.predicted)]) > 0.7
+    assert float(re.search(r"micro F1 (\d+\.\d+)", done.out)[1]) > 70
