@@ -210,7 +210,7 @@ def _check_same_run(path: Path, content: dict, settings: TrainingSettings, data_
     if of_train != hasattr(settings, "head"):
         program = "train.py" if of_train else "pretrain.py"
         raise InputError(f"{path}: saved by {program}; use another --out")
-    cause = "saved with other rows, focal alphas or encoder"  # unless a path has changed
+    cause = "saved with other rows, targets, focal alphas or encoder"  # unless a path has changed
     for f in fields(settings):
         before = content["settings"].get(f.name, f.default)
         now = getattr(settings, f.name)

@@ -3,24 +3,38 @@
     python ensemble.py out/*.csv                                # hard vote into submission.csv
     python ensemble.py out/*.csv --soft                         # mean of the probabilities
     python ensemble.py out/a.csv out/b.csv --weights 2 1 --out best.csv
+    python ensemble.py --select 'runs/*/valid.csv' --soft       # which to vote, with which weights
 
 Reads id,pred_label,probs as infer.py writes it. Rows are aligned by id; files of different rows
 are an error. A hard vote counts the labels, a soft one reads the probabilities only.
 """
 
 # First: it handles Ctrl-C while the others are imported.
-from common import InputError, Parser, exit_on_error
+from common import InputError, Parser, exit_on_error, expect
 
 # isort: split
 
 import argparse
+import glob
 import math
 import os
+import shlex
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from metrics import Predictions, aligned, class_names, read_predictions, write_predictions
+from metrics import (
+    Predictions,
+    aligned,
+    class_names,
+    gold_classes,
+    read_predictions,
+    read_summary,
+    write_predictions,
+)
+from page import text_table
+from selection import DRAWS, Choice, select, winners
 
 
 def vote(submissions: list[Predictions], names: dict[int, str], weights: np.ndarray, soft: bool):
@@ -34,13 +48,12 @@ def vote(submissions: list[Predictions], names: dict[int, str], weights: np.ndar
         number = {label: c for c, label in names.items()}
         votes = [[number[label] for label in s.predicted] for s in submissions]  # (files, N)
         shares = np.average(np.eye(mean.shape[1])[votes], 0, weights)
-    tied = shares >= shares.max(1, keepdims=True) - 1e-9
-    winners = np.where(tied, mean, -1).argmax(1)
-    unnamed = set(winners.tolist()) - set(names)
+    won = winners(mean, shares).tolist()
+    unnamed = set(won) - set(names)
     if unnamed:
         found = f"class {min(unnamed)} wins the vote of a row, but no file predicts it"
         raise InputError(f"{found}: the name of its label is unknown")
-    return [names[c] for c in winners.tolist()], shares
+    return [names[c] for c in won], shares
 
 
 def print_agreement(submissions: list[Predictions]):
@@ -54,11 +67,25 @@ def print_agreement(submissions: list[Predictions]):
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("files", nargs="+", help="submissions of the same rows")
+    add("files", nargs="*", help="submissions of the same rows")
     add("--soft", action="store_true", help="average the probabilities instead of counting votes")
     add("--weights", nargs="+", type=float, metavar="X", help="weight of each file (default: 1)")
-    add("--out", default="submission.csv", help="file to write (default: submission.csv)")
+    add("--out", help="file to write (default: submission.csv)")
+    add("--select", nargs="+", metavar="FILE",
+        help="valid.csv of runs: print which to vote, with which weights")  # fmt: skip
+    text = "score that --select raises (default: micro_f1)"
+    add("--metric", choices=("micro_f1", "auprc"), help=text)
     arguments = parser.parse_args()
+    if arguments.select:
+        given = {"files": arguments.files, "--weights": arguments.weights, "--out": arguments.out}
+        if used := [name for name, value in given.items() if value]:
+            raise InputError(f"--select and {used[0]} exclude each other")
+        return arguments
+    if arguments.metric:
+        raise InputError("--metric is for --select")
+    if not arguments.files:
+        raise InputError("files: found none, expected submissions, or --select")
+    arguments.out = arguments.out or "submission.csv"
     files, weights = arguments.files, arguments.weights or [1.0] * len(arguments.files)
     if len(weights) != len(files):
         raise InputError(f"--weights: found {len(weights)}, expected {len(files)}, one per file")
@@ -77,9 +104,76 @@ def check_output(out: str, files: list[str]):
             raise InputError(f"--out {out}: {hint}")
 
 
+# --- selection --------------------------------------------------------------------------------
+
+
+def print_selection(patterns: list[str], metric: str, soft: bool):
+    """Select among files of predictions with gold labels, and print the command that votes."""
+    paths = [path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
+    twice = [path for path, n in Counter(map(os.path.realpath, paths)).items() if n > 1]
+    if twice or len(paths) < 2:
+        found = f"{twice[0]} twice" if twice else f"one file, {paths[0]}"
+        raise InputError(f"--select: found {found}, expected at least two different files")
+    files = aligned([read_predictions(path) for path in paths])
+    names = class_names(files, read_summary(Path(paths[0]).parent).get("labels"))
+    for file in files:
+        expect(file.gold, file.path, "header", "no column label", "that of a run's valid.csv")
+    told = [(f"{paths[0]}:{line}", x) for line, x in zip(files[0].lines, files[0].gold)]
+    gold, *_ = [gold_classes(file, names, told) for file in files]  # all the same
+    number = {label: c for c, label in names.items()}
+    predicted = np.array([[number[label] for label in file.predicted] for file in files])
+    print(f"{len(paths)} files, {len(gold):,} rows; this repeats a selection {DRAWS} times")
+    choice = select(np.array([f.probs for f in files]), predicted, gold, metric, soft, paths)
+    print(text_table(choice.members))
+    print(verdict(choice, metric))
+    print("next:", *commands(paths, choice.weights.tolist(), soft), sep="\n  ")
+
+
+def verdict(choice: Choice, metric: str) -> str:
+    """How much of the gain is expected to survive."""
+    gain = choice.score - choice.single
+    lines = [
+        f"{metric} of the vote {choice.score:.2f}, of the best file {choice.single:.2f}: "
+        f"gain {gain:.2f} on the rows that it was selected on",
+        f"selected again on samples: gain {choice.seen:.2f} on their rows, {choice.unseen:.2f} on "
+        f"the others (middle 95 %: {choice.spread['from']:.2f} to {choice.spread['to']:.2f})",
+    ]
+    if gain < 0:
+        lines.append("the best file is better than the vote: use it alone")
+    if gain > 0 and choice.seen > 0:
+        share = min(max(choice.unseen / choice.seen, 0), 1)
+        lines.append(f"so {share:.0%} of the gain is expected to survive")
+    return "\n".join(lines)
+
+
+def commands(paths: list[str], weights: list[int], soft: bool) -> list[str]:
+    """The command that votes the submissions of the selected runs, after those that write them.
+
+    A run's submission is out/<run>.csv, or out/<sweep>-<run>.csv as sweep.py --top writes it.
+    """
+    run_of = {path: Path(path).resolve().parent for path in paths}
+    n_named = Counter(run.name for run in run_of.values())
+    missing, outs = [], []
+    for path, weight in zip(paths, weights):
+        run = run_of[path]
+        out, longer = f"out/{run.name}.csv", f"out/{run.parent.name}-{run.name}.csv"
+        if n_named[run.name] > 1 or Path(longer).exists():
+            out = longer
+        if weight and not Path(out).exists():
+            checkpoint = str(Path(path).parent / "ckpt.pt")
+            missing.append(shlex.join(["python", "infer.py", checkpoint, "--out", out]))
+        outs += [out] if weight else []
+    chosen = [str(weight) for weight in weights if weight]
+    command = ["python", "ensemble.py", *outs, *(["--soft"] if soft else [])]
+    return [*missing, shlex.join([*command, "--weights", *chosen])]
+
+
 @exit_on_error
 def main():
     arguments = parse_arguments()
+    if arguments.select:
+        print_selection(arguments.select, arguments.metric or "micro_f1", arguments.soft)
+        return
     submissions = aligned([read_predictions(path) for path in arguments.files])
     check_output(arguments.out, arguments.files)
     used = "probabilities" if arguments.soft else "labels"

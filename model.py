@@ -104,15 +104,20 @@ class RelationModel(FlatEncoder):
         return F.pad(last, (0, 0, 0, len(batch.labels) - n))
 
 
-def relation_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_alpha=None):
+def relation_loss(
+    logits, labels, label_smoothing=0.0, focal_gamma=0.0, focal_alpha=None, targets=None
+):
     """The loss of each sentence, (B,), for logits (B, n_labels) and labels (B,).
 
     It is 0 for the label IGNORED of tokens.py.
     Cross entropy; with focal_gamma the focal loss on the softmax,
     FL(p_t) = -alpha_t (1 - p_t)^gamma log p_t (Lin et al. 2017). focal_alpha (n_labels,) weights
     the labels in both.
+    With targets (B, n_labels): the cross entropy against them, whatever the labels; 0 for zeros.
     """
     logits = logits.float()
+    if targets is not None:
+        return F.cross_entropy(logits, targets, reduction="none")
     smoothing = {"label_smoothing": label_smoothing, "reduction": "none"}
     loss = F.cross_entropy(logits, labels, focal_alpha, **smoothing)
     if not focal_gamma:

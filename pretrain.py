@@ -102,7 +102,7 @@ def n_masked(example: Example) -> int:
     return max(1, round(MASKED * (example.words >= 0).sum()))
 
 
-@dataclass
+@dataclass(kw_only=True)  # Batch has a field with a default
 class MaskedBatch(Batch):
     tokens: torch.Tensor  # (M,) flat indices of the masked tokens
     true_ids: torch.Tensor  # (M,) their ids before masking

@@ -4,6 +4,8 @@
     python report.py errors runs/demo/valid.csv                         # where a model is wrong
     python report.py compare runs/a/valid.csv runs/b/valid.csv          # whether B is better
     python report.py compare 'runs/a-*/valid.csv' 'runs/b-*/valid.csv'  # with several seeds
+    python report.py folds 'runs/x-fold=*/valid.csv' --out oof.csv      # join the folds
+    python report.py labels data/train.csv --oof oof.csv                # labels that may be wrong
 
 `report.py COMMAND -h` lists the options of a command.
 """
@@ -25,6 +27,7 @@ import numpy as np
 
 import analysis
 import figures
+import labels
 import metrics
 from data import MARKERS, PROMPTS, TYPE_NAMES, Template, with_label_names
 from page import Section, format_cell, write_report
@@ -313,6 +316,7 @@ def parse_arguments() -> argparse.Namespace:
     compare.add_argument("unquoted", nargs="*", help=argparse.SUPPRESS)
     text = "folder of the page (default: runs/compare)"
     compare.add_argument("--out", default="runs/compare", help=text)
+    labels.add_commands(add_command)
     for command in (errors, compare):
         text = "data file with the rows and labels (default: the one that the run used)"
         command.add_argument("--gold", metavar="FILE", help=text)

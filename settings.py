@@ -15,6 +15,7 @@ from pathlib import Path
 from common import InputError, Parser
 from data import MARKERS, PROMPTS, TYPE_NAMES
 
+FILES = tuple[str, ...]  # the type of a setting that takes several files
 GROUPS = ("data", "input", "model", "optimisation", "run")
 SAMPLE = Path(__file__).parent / "sample"
 DEMO = {
@@ -113,6 +114,8 @@ class TrainingSettings:
             value = getattr(self, f.name)
             differs = value != f.default or (f.name == "fold" and self.folds)  # fold 0 is one too
             if differs and f.metadata["named"] and f.name not in ("model", "head"):
+                if f.type == FILES:
+                    value = "+".join(Path(path).name for path in value)
                 value = Path(value).name if "/" in str(value) else value
                 switch = {True: f.name, False: f"no_{f.name}"}
                 parts.append(switch[value] if f.type is bool else f"{f.name}={value}")
@@ -154,6 +157,17 @@ class Settings(TrainingSettings):
     no_relation_share: float | None = setting(None, "data",
         "share of the negative label in test-like validation rows and predictions", 0.01, 1,
         auto="0.6 for KLUE-RE's labels, the training file's share for others")
+    soft_labels: tuple[str, ...] = setting((), "data",
+        "files id,pred_label,probs whose probabilities are trained towards: of training rows and, "
+        "which are then trained on too, of rows of test_data")
+    soft_mix: float = setting(0.5, "data",
+        "share of the probabilities in the target of a training row; the rest is its label", 0, 1)
+    soft_weight: float = setting(1.0, "data",
+        "weight of a row of test_data; a training row has 1", 1e-6, math.inf)
+    drop: str = setting("", "data",
+        "CSV file with the ids of training rows to leave out; validation rows stay")
+    relabel: str = setting("", "data",
+        "CSV file id,new_label with other labels for training rows; validation rows keep theirs")
     clean: bool = setting(True, "data", "remove duplicate and contradictory training rows")
     negative_label: str = setting("no_relation", "data", "the label that means no relation")
     label_order: str = setting("", "data",
@@ -189,6 +203,11 @@ class Settings(TrainingSettings):
         super().check()
         if self.label_smoothing and (self.focal_gamma or self.focal_alpha):
             raise InputError("--label-smoothing excludes --focal-gamma and --focal-alpha")
+        if self.soft_labels and (self.label_smoothing or self.focal_gamma or self.focal_alpha):
+            raise InputError("--soft-labels excludes --label-smoothing and the focal loss")
+        defaults = Settings.soft_mix, Settings.soft_weight
+        if not self.soft_labels and (self.soft_mix, self.soft_weight) != defaults:
+            raise InputError("--soft-mix and --soft-weight need --soft-labels")
         if self.folds == 1:
             raise InputError("--folds: found 1, expected at least 2")
         if self.folds and self.valid:
@@ -234,13 +253,16 @@ def parse_settings(kind: type, program: str, description: str, arguments=None):
         how = {"type": number or str, "metavar": "N" if number is int else "X" if number else None}
         if not number:
             how["choices"] = f.metadata["allowed"] or None
+        if f.type == FILES:
+            how = {"nargs": "+", "metavar": "FILE"}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         default = f.metadata["auto"] or f.default
-        shown = "" if default == "" else f" (default: {default})"
+        shown = "" if default in ("", ()) else f" (default: {default})"
         help = (f.metadata["help"] + shown).replace("%", "%%")
         groups[f.metadata["group"]].add_argument(option(f.name), help=help, **how)
     given = vars(parser.parse_args(arguments))
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     is_demo = given.get("demo")
     settings = kind(**(DEMO | given if is_demo else given))
     settings.check()

@@ -21,6 +21,7 @@ DATA_SEED = 42  # of --limit and the splits: runs with different seeds use the s
 
 
 class ChosenRows(NamedTuple):
+    read: list[Row]  # all rows of the training file
     train: list[Row]
     valid: list[Row]
     scaling: list[Row]  # rows on which the scaling of the negative label is fitted
@@ -44,13 +45,14 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         raise InputError(f"{path}: all {len(skipped)} rows are bad; the first: {skipped[0]}")
     log(f"{path}: {len(rows)} rows, {len(labels)} labels")
     note_unknown_types(rows, labels, log)
+    in_file = rows
     if settings.clean:
         rows, removed = clean(rows, labels[0])
         log(f"cleaning removed {len(removed)} duplicate or contradictory rows")
     share = settings.no_relation_share
     if share is None:
-        in_file = sum(row.label == labels[0] for row in rows) / len(rows)
-        share = 0.6 if labels == KLUE_LABELS else in_file
+        own = sum(row.label == labels[0] for row in rows) / len(rows)
+        share = 0.6 if labels == KLUE_LABELS else own
     test_like = settings.test_like()
     like = rows_to_predict(settings.data, skipped, log) if test_like else []
     if settings.valid == "none":
@@ -82,7 +84,7 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         found = f"{len(rows)} training rows and {len(valid)} validation rows"
         raise InputError(f"{path}: {found}, expected some of each")
     scaling = (like or valid) if test_like else []
-    return ChosenRows(rows, valid, scaling, share, labels, file_version)
+    return ChosenRows(in_file, rows, valid, scaling, share, labels, file_version)
 
 
 def repeated_ids(rows: list[Row]) -> set[str]:

@@ -24,6 +24,7 @@ from rows import compose, data_file
 from sample.tiny_encoder import make_tiny_encoder
 from settings import Settings, TrainingSettings
 from splits import choose_rows, subsample
+from targets import edited, with_targets
 from tokens import Batch, collate, encode
 from vocabulary import unknown_in_rows
 
@@ -95,8 +96,8 @@ class Task:
         """
         digest = sha256(repr(more).encode())
         for example in examples:
-            for value in example[:-1] if example.words is None else example:
-                digest.update(np.asarray(value).tobytes())
+            for value in example:
+                digest.update(b"" if value is None else np.asarray(value).tobytes())
         embeddings = self.model.encoder.get_input_embeddings().weight
         weights = [p.detach() for p in self.model.encoder.parameters() if p is not embeddings]
         digest.update(repr(sum(int(w.view(torch.int32).sum()) for w in weights)).encode())
@@ -117,9 +118,9 @@ class RelationTask(Task):
             raise InputError(
                 "--norm batch: expected one process; it normalises over a process's rows"
             )
-        rows, self.valid_rows, scaling, self.negative_share, self.labels, self.version = (
-            choose_rows(settings, log)
-        )
+        chosen = choose_rows(settings, log)
+        _, _, self.valid_rows, scaling, self.negative_share, self.labels, self.version = chosen
+        rows, targets = with_targets(settings, chosen, edited(settings, chosen, log), log)
         share = self.negative_share
         if settings.test_like():  # the same run as with this share given
             self.settings = replace(settings, no_relation_share=share)
@@ -135,6 +136,8 @@ class RelationTask(Task):
             encode(part, self.template, self.tokenizer, self.labels, settings.max_length)
             for part in (rows, self.valid_rows, subsample(scaling, 1000))
         )
+        if targets is not None:
+            self.examples = [e._replace(targets=t) for e, t in zip(self.examples, targets)]
         self.gold = np.array([example.label for example in self.valid])
         self.lengths = np.array([len(example.ids) for example in self.examples])
         self.n_targets = np.ones(len(rows), dtype=int)
@@ -164,7 +167,8 @@ class RelationTask(Task):
         with self.worker.autocast():
             logits = model(batch)
         smoothing, gamma = self.settings.label_smoothing, self.settings.focal_gamma
-        return relation_loss(logits, batch.labels, smoothing, gamma, self.alpha).sum()
+        how = smoothing, gamma, self.alpha, batch.targets
+        return relation_loss(logits, batch.labels, *how).sum()
 
     def evaluate(self, max_tokens: int) -> dict:
         n = len(self.valid)

@@ -33,6 +33,7 @@ class Example(NamedTuple):
     marker_ends: tuple[int, int]  # last tokens of their closing markers
     entities: np.ndarray  # (2, L): 1 subject, 2 object, else 0; 1 + number of the type or 0
     words: np.ndarray | None = None  # (L,) word number, -1 for special tokens; for pre-training
+    targets: np.ndarray | None = None  # (n_labels,) trained towards, in place of the label
 
 
 def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):
@@ -162,6 +163,7 @@ class Batch:
     lengths: list[int]  # tokens per sentence that has some, descending before the padding
     longest: int  # at least the largest of `lengths`
     indices: np.ndarray  # (B,) which example each sentence is
+    targets: torch.Tensor | None = None  # (B, n_labels) in place of the labels
 
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -179,8 +181,9 @@ class Batch:
     def pad(self, n_tokens: int, n_sentences: int, longest: int) -> "Batch":
         """The batch with T = n_tokens and B = n_sentences: a CUDA graph needs constant shapes.
 
-        Missing sentences have no tokens, and the label IGNORED. The missing tokens, at least one,
-        form padding sentences of at most PAD_LENGTH tokens, as many as a padded size may need.
+        Missing sentences have no tokens, the label IGNORED and targets of 0. The missing tokens, at
+        least one, form padding sentences of at most PAD_LENGTH tokens, as many as a padded size may
+        need.
         """
         n, size = len(self.labels), len(self.ids)
         missing, n_padding = n_tokens - size, padding_step(n_tokens - 1) // PAD_LENGTH
@@ -199,6 +202,7 @@ class Batch:
             labels=F.pad(self.labels, sentences[2:], value=IGNORED),
             lengths=self.lengths + [length for length in lengths if length],
             longest=longest,
+            targets=None if self.targets is None else F.pad(self.targets, sentences),
         )
 
 
@@ -231,6 +235,7 @@ def collate(examples: list[Example], indices: np.ndarray) -> Batch:
     lengths = np.array([len(e.ids) for e in chosen])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     first = offsets[:-1, None]  # (B, 1)
+    has_targets = chosen[0].targets is not None
     return Batch(
         ids=torch.from_numpy(np.concatenate([e.ids for e in chosen])),
         segments=torch.from_numpy(np.concatenate([e.segments for e in chosen])),
@@ -243,6 +248,7 @@ def collate(examples: list[Example], indices: np.ndarray) -> Batch:
         lengths=lengths.tolist(),
         longest=int(lengths[0]),
         indices=indices,
+        targets=torch.from_numpy(np.stack([e.targets for e in chosen])) if has_targets else None,
     )
 
 

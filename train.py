@@ -208,7 +208,8 @@ def finish(folder: Path, task: Task, settings, progress: Progress, writer: Summa
     """Write summary.json and TensorBoard's HPARAMS; print the result and the next commands."""
     best = {name: value for name, value in progress.best.items() if name not in ("absent", "step")}
     hparams = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata["named"]}
-    hparams = {name: "auto" if value is None else value for name, value in hparams.items()}
+    hparams = {name: "auto" if x is None else x for name, x in hparams.items()}
+    hparams = {name: " ".join(x) if isinstance(x, tuple) else x for name, x in hparams.items()}
     writer.add_hparams(hparams, {f"valid_best/{name}": best[name] for name in best}, run_name=".")
     writer.close()
     write_summary(folder, settings, progress, task.about, finished=True)

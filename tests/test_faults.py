@@ -222,7 +222,7 @@ def test_a_run_does_not_resume_with_other_rows_or_another_encoder(call, encoder_
     refused = call(train, *arguments, "--valid", SAMPLE / "test_data.csv", code=2)
     assert "last.pt: saved with valid = '', now" in refused.err
     assert "which has other rows; use --fresh, or another --out" in refused.err
-    expected = "last.pt: saved with other rows, focal alphas or encoder; use --fresh"
+    expected = "last.pt: saved with other rows, targets, focal alphas or encoder; use --fresh"
 
     stored = load_file(tmp_path / "encoder/model.safetensors")
     name = next(name for name in stored if "layer.0" in name)

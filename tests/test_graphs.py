@@ -67,6 +67,21 @@ def test_padding_changes_neither_loss_nor_gradients(family, head, n_sentences):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_missing_sentences_have_no_loss_and_no_gradient_with_targets():
+    targets = np.random.default_rng(0).dirichlet(np.ones(30), len(LENGTHS)).astype(np.float32)
+    examples = [e._replace(targets=t) for e, t in zip(examples_of(LENGTHS), targets)]
+    batch = collate(examples, np.arange(len(LENGTHS)))
+    np.testing.assert_array_equal(batch.targets, targets[batch.indices])
+    padded = batch.pad(padded_size(len(batch.ids)), 11, longest=128)
+    assert set(padded.tensors()) >= {"labels", "targets"}
+    logits = torch.randn(11, 30, requires_grad=True)
+    losses = relation_loss(logits, padded.labels, targets=padded.targets)
+    losses.sum().backward()
+    assert (losses[:8] > 0).all()
+    assert (losses[8:] == 0).all()
+    assert (logits.grad[8:] == 0).all()
+
+
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 def test_ignored_sentences_have_no_loss_and_no_gradient(gamma):
     logits = torch.randn(3, 30, requires_grad=True)
@@ -118,6 +133,14 @@ def relation_task(encoder_folder, **options) -> RelationTask:
     return RelationTask(settings, CPU, lambda text: None)
 
 
+def soft_target_task(encoder_folder, **options) -> RelationTask:
+    task = relation_task(encoder_folder, **options)
+    targets = np.random.default_rng(0).dirichlet(np.ones(30), len(task.examples))
+    targets = targets.astype(np.float32)
+    task.examples = [e._replace(targets=t, label=-1) for e, t in zip(task.examples, targets)]
+    return task
+
+
 def masked_token_task(encoder_folder, **options) -> MaskedTokenTask:
     settings = PretrainingSettings(
         data=str(SAMPLE), model=str(encoder_folder), limit=150, valid="none", batch_size=16,
@@ -152,6 +175,7 @@ def train(task, step, batches):
         (relation_task, {"head": "cls", "focal_gamma": 2.0}),
         (relation_task, {"head": "entity", "norm": "batch", "entity_embedding": "typed"}),
         (relation_task, {"head": "bilstm", "gelu": True}),
+        (soft_target_task, {"head": "entity"}),
         (masked_token_task, {}),
     ],
 )

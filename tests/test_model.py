@@ -185,6 +185,11 @@ def test_losses_match_their_formulas():
     smooth = relation_loss(logits, labels, label_smoothing=0.1)
     expected = -0.9 * np.log(p_t) - 0.1 * np.log(p).mean(1)
     np.testing.assert_allclose(smooth.numpy(), expected, rtol=1e-4)
+    targets = torch.rand(6, 30)
+    soft = relation_loss(logits, labels, targets=targets)
+    np.testing.assert_allclose(soft.numpy(), -(targets.numpy() * np.log(p)).sum(1), rtol=1e-4)
+    hard = relation_loss(logits, labels, targets=torch.eye(30)[labels])
+    np.testing.assert_allclose(hard.numpy(), -np.log(p_t), rtol=1e-4)
 
 
 # --- prediction ---------------------------------------------------------------------------------

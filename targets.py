@@ -1,0 +1,162 @@
+"""What the training rows are trained towards: other labels, and probabilities in place of labels.
+
+    rows = edited(settings, chosen, print)                      # --drop, --relabel
+    rows, targets = with_targets(settings, chosen, rows, print)  # --soft-labels
+
+A row is named by its id, which stands for its augmented copies too. Validation rows stay as they
+are: scores with and without an edit are comparable.
+"""
+
+import numpy as np
+
+from common import InputError, expect, read_csv
+from metrics import Predictions, class_names, read_predictions
+from rows import Row, compose, data_file, rows_to_predict
+from settings import Settings
+from splits import ChosenRows
+
+# --- rows to drop and to relabel --------------------------------------------------------------
+
+
+def edited(settings: Settings, chosen: ChosenRows, log) -> list[Row]:
+    """The training rows without those of --drop, and with the labels of --relabel.
+
+    InputError for ids that the training file lacks, and for labels that are not its labels.
+    """
+    rows = chosen.train
+    if settings.drop:
+        listed = read_edits(settings.drop, chosen)
+        rows = [row for row in rows if row.id not in listed]
+        if not rows:
+            raise InputError(f"{settings.drop}: it has all training rows, expected some of them")
+        log(f"{settings.drop}: dropped {len(chosen.train) - len(rows)} training rows")
+        note_others(settings.drop, listed, chosen.train, log)
+    if settings.relabel:
+        listed, before = read_edits(settings.relabel, chosen, with_label=True), rows
+        rows = [row._replace(label=listed.get(row.id, row.label)) for row in rows]
+        changed = sum(old.label != new.label for old, new in zip(before, rows))
+        log(f"{settings.relabel}: changed the label of {changed} training rows")
+        note_others(settings.relabel, listed, before, log)
+    return rows
+
+
+def read_edits(path: str, chosen: ChosenRows, with_label: bool = False) -> dict[str, str]:
+    """{id: new label} of a CSV file id,new_label; without `with_label`, the ids are enough.
+
+    If it has a column label, those must be the labels of the training file: so the edits of another
+    file are an error.
+    """
+    label_of, new = {}, {}
+    for row in chosen.read:
+        label_of.setdefault(row.id, row.label)
+    for line, cells in read_csv(path, ("id", "new_label") if with_label else ("id",)):
+        where, row_id = f"{path}:{line}", cells["id"].strip()
+        expect(row_id in label_of, where, "id", row_id, "an id of the training file")
+        expect(row_id not in new, where, "id", row_id, "each id once")
+        label = compose(cells.get("label", label_of[row_id]).strip())
+        expected = f"{label_of[row_id]!r} as in the training file"
+        expect(label == label_of[row_id], where, "label", label, expected)
+        new[row_id] = compose(cells.get("new_label", "").strip())
+        if with_label:
+            expected = f"one of {len(chosen.labels)} labels such as {', '.join(chosen.labels[:2])}"
+            expect(new[row_id] in chosen.labels, where, "new_label", new[row_id], expected)
+    if not new:
+        raise InputError(f"{path}: no rows")
+    return new
+
+
+def note_others(path: str, listed, train: list[Row], log):
+    """Say how many of the `listed` ids have no training row."""
+    if others := len(set(listed) - {row.id for row in train}):
+        why = "validation rows, or left out by --clean, --limit or --drop"
+        log(f"{path}: {others} of its {len(listed)} rows are not trained on ({why})")
+
+
+# --- soft targets -----------------------------------------------------------------------------
+
+
+def with_targets(settings: Settings, chosen: ChosenRows, rows: list[Row], log):
+    """(rows, targets (N, n_labels)), or (rows, None) without --soft-labels.
+
+    A training row with probabilities is trained towards a mixture of them and its label. Rows of
+    test_data that have some follow the training rows: their targets sum to --soft-weight. The mean
+    is taken of files that have the same row. InputError for ids that are nowhere, and for
+    probabilities of other labels.
+    """
+    if not settings.soft_labels:
+        return rows, None
+    train, labels, mix = data_file(settings.data, "train"), chosen.labels, settings.soft_mix
+    skipped = [] if settings.skip_bad_rows else None
+    unlabelled = rows_to_predict(settings.data, skipped, lambda text: None)
+    ids_of = {str(train): {row.id for row in chosen.read}}
+    if unlabelled:
+        ids_of["test_data"] = {row.id for row in unlabelled}
+    found = {place: {} for place in ["test_data", *ids_of]}  # {place: {id: [probs (C,)]}}
+    for path in settings.soft_labels:
+        file = read_probabilities(path, labels, str(train), log)
+        place = place_of(file, ids_of)
+        if file.gold:
+            check_labels(file, chosen.read)
+        for row_id, probs in zip(file.ids, file.probs):
+            found[place].setdefault(row_id, []).append(probs / probs.sum())
+    held_out = {row.sentence for row in chosen.valid}
+    more = [row for row in unlabelled if row.id in found["test_data"]]
+    extra = [row._replace(label=None) for row in more if row.sentence not in held_out]
+    targets = np.zeros((len(rows) + len(extra), len(labels)), dtype=np.float32)
+    soft, n_soft = found[str(train)], 0
+    for target, row in zip(targets, rows):
+        target[labels.index(row.label)] = 1
+        if row.id in soft:
+            target[:] = mix * np.mean(soft[row.id], 0) + (1 - mix) * target
+            n_soft += 1
+    for target, row in zip(targets[len(rows) :], extra):
+        target[:] = settings.soft_weight * np.mean(found["test_data"][row.id], 0)
+    log(f"soft targets: {n_soft} of {len(rows)} training rows, and {len(extra)} rows of test_data")
+    if len(extra) < len(more):
+        n = len(more) - len(extra)
+        log(f"left out {n} rows of test_data whose sentences are validation sentences")
+    note_others("--soft-labels", soft, rows, log)
+    return rows + extra, targets
+
+
+def read_probabilities(path: str, labels: list[str], train: str, log) -> Predictions:
+    """A file of predictions for these labels, of the training file `train`; others raise."""
+    file = read_predictions(path)
+    n_classes, expected = file.probs.shape[1], f"the {len(labels)} labels of {train}"
+    expect(n_classes == len(labels), path, "probabilities per row", n_classes, expected)
+    class_names([file], labels, log)
+    return file
+
+
+def place_of(file: Predictions, ids_of: dict[str, set[str]]) -> str:
+    """Which of the places the rows of a file are from, by their ids.
+
+    Ids of two files may be the same numbers. Then a file that has all ids of one place is of it.
+    """
+    train, *_ = ids_of
+    ids = set(file.ids)
+    places = [train] if file.gold else list(ids_of)  # only training rows have a label
+    fitting = [place for place in places if ids <= ids_of[place]]
+    whole = [place for place in fitting if ids == ids_of[place]]
+    if len(fitting) == 1 or len(whole) == 1:
+        return (fitting if len(fitting) == 1 else whole)[0]
+    if fitting:
+        found = f"its {len(ids)} ids are ids of {' and of '.join(fitting)}"
+        raise InputError(
+            f"{file.path}: {found}, expected all ids of one of them, or a column label"
+        )
+    nearest = max(places, key=lambda place: len(ids & ids_of[place]))
+    for line, row_id in zip(file.lines, file.ids):
+        expected = f"an id of {' or '.join(places)}, all of one file"
+        expect(row_id in ids_of[nearest], f"{file.path}:{line}", "id", row_id, expected)
+
+
+def check_labels(file: Predictions, rows: list[Row]):
+    """Raise InputError unless the labels of a valid.csv are those of the rows with its ids."""
+    label_of = {}
+    for row in rows:
+        label_of.setdefault(row.id, row)
+    for line, row_id, label in zip(file.lines, file.ids, file.gold):
+        row = label_of[row_id]
+        expected = f"{row.label!r} as in {row.where}"
+        expect(label == row.label, f"{file.path}:{line}", "label", label, expected)
