@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 
+from calibration import temper
 from checkpoint import load_checkpoint, restore
 from data import (
     KLUE_LABELS,
@@ -95,8 +96,11 @@ def read_about(paths: list[str]) -> list[dict]:
     return about
 
 
-def predict_rows(checkpoint: dict, rows: list[Row], worker: Worker, max_tokens: int) -> np.ndarray:
-    """Probabilities (rows, labels) on every rank, with the checkpoint's scaling of no_relation."""
+def predict_rows(
+    checkpoint: dict, rows: list[Row], worker: Worker, max_tokens: int, calibrated=False
+) -> np.ndarray:
+    """Probabilities (rows, labels) on every rank, with the checkpoint's scaling of no_relation,
+    and if `calibrated`, its temperature."""
     model, tokenizer = restore(checkpoint)
     template, max_length = Template(**checkpoint["template"]), checkpoint["max_length"]
     examples, n_truncated = encode(rows, template, tokenizer, checkpoint["labels"], max_length)
@@ -106,7 +110,8 @@ def predict_rows(checkpoint: dict, rows: list[Row], worker: Worker, max_tokens: 
     for line in said:
         log_of(worker)(line)
     probs = predict(model.place(worker), examples, worker, max_tokens)
-    return scale_negative(probs, checkpoint["negative_factor"])
+    probs = scale_negative(probs, checkpoint["negative_factor"])
+    return temper(probs, checkpoint["temperature"]) if calibrated else probs
 
 
 def log_of(worker: Worker):
@@ -114,9 +119,13 @@ def log_of(worker: Worker):
     return print if worker.rank == 0 else lambda text: None
 
 
-def mean_probs(paths: list[str], rows: list[Row], worker: Worker, max_tokens: int) -> np.ndarray:
+def mean_probs(
+    paths: list[str], rows: list[Row], worker: Worker, max_tokens: int, calibrated=False
+) -> np.ndarray:
     """The mean of the checkpoints' probabilities (rows, labels); one model at a time in memory."""
-    each = (predict_rows(load_checkpoint(path), rows, worker, max_tokens) for path in paths)
+    each = (
+        predict_rows(load_checkpoint(path), rows, worker, max_tokens, calibrated) for path in paths
+    )
     return sum(each) / len(paths)
 
 
@@ -247,7 +256,7 @@ def main():
             return
         labels = about[0]["labels"]
         row = row_from_options(arguments, about, log_of(worker))
-        probs = mean_probs(arguments.checkpoints, [row], worker, arguments.max_tokens)[0]
+        probs = mean_probs(arguments.checkpoints, [row], worker, arguments.max_tokens, True)[0]
         if worker.rank == 0:
             print(*(f"{probs[i]:.4f}  {labels[i]}" for i in np.argsort(-probs)[:5]), sep="\n")
 

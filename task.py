@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from calibration import fit_temperature
 from checkpoint import save_checkpoint
 from common import InputError, read_json
 from data import Template
@@ -176,6 +177,7 @@ class RelationTask(Task):
                 f"{self.labels[0]} gets {share}: its probability is scaled by {self.factor:.2f}"
             )
         self.probs = scale_negative(probs[:n], self.factor)
+        self.temperature = fit_temperature(self.probs, self.gold)
         return score(self.probs, self.gold) if self.valid else {}
 
     def merit(self, scores: dict) -> float:
@@ -193,7 +195,8 @@ class RelationTask(Task):
             folder / "ckpt.pt", self.model, self.tokenizer, labels=self.labels,
             model_options=self.settings.model_options(), template=self.template._asdict(),
             max_length=self.settings.max_length, negative_factor=self.factor,
-            run=folder.name, data=str(data), version=self.version, scores=scores,
+            temperature=self.temperature, run=folder.name, data=str(data), version=self.version,
+            scores=scores,
         )  # fmt: skip
         if not self.valid:
             (folder / "valid.csv").unlink(missing_ok=True)  # of an earlier run

@@ -13,7 +13,7 @@ FLOORS = (
     {"distributed", "formats"},
     {"rows"},
     {"data"},
-    {"metrics", "page", "settings", "tokens"},
+    {"calibration", "metrics", "page", "settings", "tokens"},
     {"analysis", "attention", "splits", "vocabulary"},
     {"encoder", "figures"},
     {"graphs"},
