@@ -4,7 +4,8 @@
 
 ckpt.pt has the best model: "format", "weights", "encoder" (its config as JSON), "tokenizer" (its
 files), "labels", "model_options" (of RelationModel), "template" (fields of data.Template),
-"max_length", "negative_factor" (see metrics.scale_negative), and about the run "run", "data",
+"max_length", "negative_factor" (see metrics.scale_negative), "pairs" (types of subject and object
+that have a relation in a training row; older files lack it), and about the run "run", "data",
 "version", "scores".
 
 last.pt has the last state: "format", "weights", "optimizer", "scaler", "progress" (fields of
