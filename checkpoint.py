@@ -5,7 +5,8 @@
 ckpt.pt has the best model: "format", "weights", "encoder" (its config as JSON), "tokenizer" (its
 files), "labels", "model_options" (of RelationModel), "template" (fields of data.Template),
 "max_length", "negative_factor" (see metrics.scale_negative), "temperature" (see calibration.temper,
-it comes after the factor), and about the run "run", "data", "version", "scores".
+it comes after the factor), "pairs" (types of subject and object that have a relation in a training
+row), and about the run "run", "data", "version", "scores". Older files lack temperature and pairs.
 
 last.pt has the last state: "format", "weights", "optimizer", "scaler", "progress" (fields of
 Progress), "settings", "hash" (of examples and encoder). The save before it is previous.pt. Both
@@ -29,7 +30,7 @@ from encoder import text_encoder
 from model import RelationModel
 from settings import TrainingSettings
 
-MODEL_FORMAT, PROGRESS_FORMAT = "relation model 5", "training progress 2"
+MODEL_FORMAT, PROGRESS_FORMAT = "relation model 4", "training progress 2"
 PROGRESS_FILES = ("last.pt", "previous.pt", "damaged.pt")
 
 

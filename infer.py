@@ -16,32 +16,22 @@ from common import InputError, Parser, exit_on_error, is_text, shorten
 # isort: split
 
 import argparse
-import os
-from itertools import product
 from pathlib import Path
 
 import numpy as np
-import transformers
 
-from calibration import temper
-from checkpoint import load_checkpoint, restore
 from data import (
     KLUE_LABELS,
-    MARKERS,
     TYPES,
-    Template,
     note_unknown_types,
     with_label_names,
 )
 from distributed import DTYPES, Worker, process_group
-from metrics import describe, scale_negative, score, write_predictions
-from model import predict
-from rows import Entity, Row, compose, data_file, read_rows
-from tokens import encode
-from vocabulary import unknown_in_rows
+from metrics import describe, score, write_predictions
+from predictor import Predictor
+from rows import Entity, Row, compose, data_file, locate, read_rows
 
 OPTIONS = ("--subject", "--object")
-ABOUT = ("run", "data", "labels", "template")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--subject-at", type=int, metavar="N",
         help="where it starts, from 0, if the word is in the sentence more than once")  # fmt: skip
     add("--object-at", type=int, metavar="N", help="likewise for the object")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--amp", default="auto", choices=("auto", *DTYPES), help="mixed precision (default: auto)")
     add("--max-tokens", type=int, default=16384, metavar="N",
         help="tokens per batch on a GPU (default: 16384; on a CPU at most 4096)")  # fmt: skip
@@ -83,50 +74,9 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def read_about(paths: list[str]) -> list[dict]:
-    """Run, data, labels and template of each checkpoint; the labels must agree."""
-    if len(set(map(os.path.realpath, paths))) < len(paths):
-        raise InputError("checkpoints: found one twice, expected different ones")
-    about = []
-    for path in paths:
-        checkpoint = load_checkpoint(path)
-        about.append({key: checkpoint[key] for key in ABOUT})
-        if about[-1]["labels"] != about[0]["labels"]:
-            raise InputError(f"{path}: its labels, or their order, differ from those of {paths[0]}")
-    return about
-
-
-def predict_rows(
-    checkpoint: dict, rows: list[Row], worker: Worker, max_tokens: int, calibrated=False
-) -> np.ndarray:
-    """Probabilities (rows, labels) on every rank, with the checkpoint's scaling of no_relation,
-    and if `calibrated`, its temperature."""
-    model, tokenizer = restore(checkpoint)
-    template, max_length = Template(**checkpoint["template"]), checkpoint["max_length"]
-    examples, n_truncated = encode(rows, template, tokenizer, checkpoint["labels"], max_length)
-    said = unknown_in_rows(tokenizer, rows, template)
-    if n_truncated:
-        said.append(f"{n_truncated} rows truncated to {max_length} tokens")
-    for line in said:
-        log_of(worker)(line)
-    probs = predict(model.place(worker), examples, worker, max_tokens)
-    probs = scale_negative(probs, checkpoint["negative_factor"])
-    return temper(probs, checkpoint["temperature"]) if calibrated else probs
-
-
 def log_of(worker: Worker):
     """print on the first rank, nothing on the others."""
     return print if worker.rank == 0 else lambda text: None
-
-
-def mean_probs(
-    paths: list[str], rows: list[Row], worker: Worker, max_tokens: int, calibrated=False
-) -> np.ndarray:
-    """The mean of the checkpoints' probabilities (rows, labels); one model at a time in memory."""
-    each = (
-        predict_rows(load_checkpoint(path), rows, worker, max_tokens, calibrated) for path in paths
-    )
-    return sum(each) / len(paths)
 
 
 # --- one sentence -----------------------------------------------------------------------------
@@ -151,34 +101,21 @@ def split_type(text: str, sentence: str, option: str, types: tuple[str, ...] | N
 
 
 def choose_places(sentence: str, words: list[str], given: list[int | None], log=print):
-    """Where the subject and the object start: as given, else the first places that are apart.
-
-    If every two places overlap, as for a word inside the other, the first different ones.
-    """
-    places = []
-    for option, word, at in zip(OPTIONS, words, given):
-        found = [i for i in range(len(sentence)) if sentence.startswith(word, i)]
-        if at is not None and at not in found:
-            where = ", ".join(map(str, found))
+    """Where the subject and the object start: as given, else as rows.locate says."""
+    starts, places = locate(sentence, words, given, OPTIONS)
+    for option, word, at, start, found in zip(OPTIONS, words, given, starts, places):
+        where = ", ".join(map(str, found))
+        if start not in found:
             raise InputError(f"{option}-at: found {at}, expected a place of {word!r}: {where}")
-        places.append(found if at is None else [at])
-    pairs = list(product(*places))
-    apart = [(s, o) for s, o in pairs if s + len(words[0]) <= o or o + len(words[1]) <= s]
-    different = [pair for pair in pairs if words[0] != words[1] or pair[0] != pair[1]]
-    if not different:
-        raise InputError("--object: expected another position in the sentence than the subject's")
-    chosen = (apart or different)[0]
-    for option, word, start, found in zip(OPTIONS, words, chosen, places):
-        if len(found) > 1:
-            where = ", ".join(map(str, found))
+        if at is None and len(found) > 1:
             log(f"{option}: {word!r} at {start}, of {where}; {option}-at N takes another")
-    return chosen
+    if starts[0] == starts[1] and len(words[0]) == len(words[1]):
+        raise InputError("--object: expected another position in the sentence than the subject's")
+    return starts
 
 
-def row_from_options(arguments: argparse.Namespace, about: list[dict], log) -> Row:
+def row_from_options(arguments: argparse.Namespace, labels: list[str], needs_types: bool, log):
     """The row of --sentence. InputError if the markers of a model need types that are missing."""
-    labels = about[0]["labels"]
-    needs_types = any("{" in MARKERS[run["template"]["marker"]][0][0] for run in about)
     sentence, types = arguments.sentence, TYPES if set(labels) == set(KLUE_LABELS) else None
     texts = arguments.subject, arguments.object
     found = [split_type(text, sentence, name, types) for name, text in zip(OPTIONS, texts)]
@@ -206,8 +143,9 @@ def default_output(runs: list[str]) -> Path:
     return Path("out") / f"{name}.csv"
 
 
-def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worker):
-    labels, paths = about[0]["labels"], arguments.checkpoints
+def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Worker):
+    labels, paths = predictor.labels, arguments.checkpoints
+    about = [model.content for model in predictor.models]
     path = data_file(arguments.data or about[0]["data"], "test_data")
     out = Path(arguments.out or default_output([run["run"] for run in about]))
     if out.resolve() in {Path(file).resolve() for file in (path, *paths)}:
@@ -217,7 +155,12 @@ def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worke
     note_unknown_types(rows, labels, log_of(worker))
     if arguments.label_order:  # without it, class numbers are labels that the model does not know
         rows = with_label_names(rows, arguments.label_order)
-    probs = mean_probs(paths, rows, worker, arguments.max_tokens)
+    probs, n_truncated = predictor.probabilities(rows, progress=True, calibrated=False)
+    for n, run in zip(n_truncated, about):
+        if n:
+            log_of(worker)(f"{n} rows truncated to {run['max_length']} tokens")
+    for line in predictor.notes(rows):
+        log_of(worker)(line)
     if worker.rank > 0:
         return
     predicted = [labels[c] for c in probs.argmax(1)]
@@ -248,15 +191,15 @@ def scores_or_why_not(rows: list[Row], labels: list[str], probs: np.ndarray) -> 
 @exit_on_error
 def main():
     arguments = parse_arguments()
-    about = read_about(arguments.checkpoints)
-    transformers.logging.set_verbosity_error()
-    with process_group(arguments.amp) as worker:
+    with process_group(arguments.amp, arguments.device) as worker:
+        options = arguments.device, arguments.amp, arguments.max_tokens
+        predictor = Predictor(arguments.checkpoints, *options)
         if not arguments.sentence:
-            predict_file(arguments, about, worker)
+            predict_file(arguments, predictor, worker)
             return
-        labels = about[0]["labels"]
-        row = row_from_options(arguments, about, log_of(worker))
-        probs = mean_probs(arguments.checkpoints, [row], worker, arguments.max_tokens, True)[0]
+        labels, needs_types = predictor.labels, predictor.needs_types
+        row = row_from_options(arguments, labels, needs_types, log_of(worker))
+        probs = predictor.probabilities([row])[0][0]
         if worker.rank == 0:
             print(*(f"{probs[i]:.4f}  {labels[i]}" for i in np.argsort(-probs)[:5]), sep="\n")
 

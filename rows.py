@@ -3,6 +3,7 @@
     rows = read_rows("data/train.csv")           # or another format, or a split of a hub data set
     rows = read_rows("train.csv", skipped := []) # leave bad rows out, collect their messages
     row = normalized(Row(...))                   # check and compose a row made in Python
+    row, n_ambiguous = row_of({"sentence": …, "subject": "비틀즈", "object": …}, 0, "my row")
 
 See docs/data.md.
 """
@@ -122,10 +123,12 @@ def _located(entity: Entity, sentence: str, where: str) -> Entity:
     """The entity in the composed sentence; see `normalized`."""
     composed, word = compose(sentence), compose(entity.word)
     type_ = compose(entity.type) if entity.type else None
-    start, end = entity.start, entity.end
-    inside_a_letter = False
+    start, inside_a_letter = entity.start, False
     for form in (None, "NFC", "NFD"):
         text = unicodedata.normalize(form, sentence) if form else sentence
+        end = entity.end
+        if end is None:
+            end = start + len(unicodedata.normalize(form, word) if form else entity.word) - 1
         if 0 <= start <= end < len(text) and compose(text[start : end + 1]) == word:
             before = compose(text[:start])
             if before + word + compose(text[end + 1 :]) == composed:
@@ -134,6 +137,7 @@ def _located(entity: Entity, sentence: str, where: str) -> Entity:
     if inside_a_letter:
         raise InputError(f"{where}: word {shorten(word)} starts or ends inside a composed letter")
     bounds = f"0 <= start_idx <= end_idx < {len(sentence)} (the sentence's length)"
+    end = start + len(word) - 1 if entity.end is None else entity.end
     in_sentence = 0 <= start <= end < len(sentence)
     expect(in_sentence, where, "start_idx, end_idx", (start, end), bounds)
     span = compose(sentence[start : end + 1])
@@ -150,7 +154,91 @@ def _look_alikes(a: str, b: str) -> str:
     return f" ({names[0]} differs from {names[1]})"
 
 
+# --- words ------------------------------------------------------------------------------------
+
+
+def locate(sentence: str, words: list[str], starts: list[int | None], names: list[str]):
+    """(starts, all places of each word) in a composed sentence; finds the starts that are None.
+
+    Words with fewer places come first, of equally many the longer. Each takes its first place
+    outside the words that were located before it; if there is none, its first other span. `names`
+    are those of the words in error messages.
+    """
+    places = [[i for i in range(len(sentence)) if sentence.startswith(word, i)] for word in words]
+    spans = {k: (at, at + len(words[k])) for k, at in enumerate(starts) if at is not None}
+    missing = [k for k in range(len(words)) if k not in spans]
+    for k in sorted(missing, key=lambda k: (len(places[k]), -len(words[k]))):
+        found, taken = [(i, i + len(words[k])) for i in places[k]], spans.values()
+        expect(found, names[k], "word", words[k], "a word of the sentence")
+        apart = [a for a in found if all(a[1] <= b[0] or b[1] <= a[0] for b in taken)]
+        others = apart or [a for a in found if a not in taken]
+        expect(others, names[k], "word", words[k], "another position than another entity's")
+        spans[k] = others[0]
+    return [spans[k][0] for k in range(len(words))], places
+
+
+def placed(sentence: str, entities: list[Entity], names: list[str]):
+    """(composed entities with offsets, number of words that took one of several places).
+
+    `sentence` may be decomposed. An entity without offsets has None as its start, one without the
+    offset of its last character None as its end.
+    """
+    words = [compose(entity.word) for entity in entities]
+    at = [e.start if e.start is None else _located(e, sentence, name).start
+          for e, name in zip(entities, names)]  # fmt: skip
+    starts, places = locate(compose(sentence), words, at, names)
+    done = [Entity(word, start, start + len(word) - 1, entity.type and compose(entity.type))
+            for word, start, entity in zip(words, starts, entities)]  # fmt: skip
+    return done, sum(start is None and len(found) > 1 for start, found in zip(at, places))
+
+
 # --- fields -----------------------------------------------------------------------------------
+
+
+def row_of(record: dict, row_id, where: str):
+    """(checked and composed row, number of words that took one of several places, whether text was
+    composed), of the fields that docs/data.md lists."""
+    expect(isinstance(record, dict), where, "row", record, "an object")
+    found, n_ambiguous = _row(record, row_id, where), 0
+    given = found
+    if None in (*found.subject[1:3], *found.object[1:3]):
+        names = [f"{where}: {who}" for who in ("subject", "object")]
+        entities, n_ambiguous = placed(found.sentence, [found.subject, found.object], names)
+        found = found._replace(sentence=compose(found.sentence))
+        found = found._replace(subject=entities[0], object=entities[1])
+    row = normalized(found)
+    words = [(r.sentence, r.subject.word, r.object.word) for r in (given, row)]
+    return row, n_ambiguous, row != found or words[0] != words[1]
+
+
+def entity_of(found, where: str) -> Entity:
+    """The entity of a word, or of a dict with at least `word`; offsets may be None."""
+    if isinstance(found, str):
+        found = {"word": found.strip()}
+    return _entity(found, where, offsets=False)
+
+
+def entities_of(record: dict, where: str):
+    """The composed sentence and entities of {"sentence": …, "entities": […]}, and the number of
+    words that took one of several places."""
+    expect(isinstance(record, dict), where, "row", record, "an object")
+    sentence, found = record.get("sentence"), record.get("entities")
+    expect(is_text(sentence) and not _is_missing(sentence), where, "sentence", sentence, "text")
+    expect(isinstance(found, (list, tuple)), where, "entities", found, "a list")
+    names = [f"{where}: entities[{k}]" for k in range(len(found))]
+    entities = [entity_of(entity, name) for entity, name in zip(found, names)]
+    return compose(sentence), *placed(sentence, entities, names)
+
+
+def _given(record: dict, who: str, where: str) -> Entity:
+    """The subject or object: SUBJECT_entity with offsets, else SUBJECT, a word or an entity."""
+    entity = record.get(f"{who}_entity")
+    if entity is not None or record.get(who) is None:
+        return _entity(entity, f"{where}: {who}_entity")
+    entity, type_ = entity_of(record[who], f"{where}: {who}"), record.get(f"{who}_type")
+    has_type = _is_missing(type_) or is_text(type_)
+    expect(has_type, where, f"{who}_type", type_, "text such as PER")
+    return entity if _is_missing(type_) else entity._replace(type=type_.strip())
 
 
 def _id(record):
@@ -164,8 +252,7 @@ def _row(record: dict, row_id, where: str) -> Row:
     sentence, label = record.get("sentence"), record.get("label")
     has_sentence = is_text(sentence) and not _is_missing(sentence)
     expect(has_sentence, where, "sentence", sentence, "text")
-    entities = [_entity(record.get(f"{who}_entity"), f"{where}: {who}_entity")
-                for who in ("subject", "object")]  # fmt: skip
+    entities = [_given(record, who, where) for who in ("subject", "object")]
     has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
     expect(has_id, where, "id", row_id, "a number or text")
     has_text = _is_missing(label) or type(label) in (int, float) or is_text(label)
@@ -193,8 +280,9 @@ ENTITY = re.compile(
 )
 
 
-def _entity(found, where: str) -> Entity:
-    """The entity of a cell: a dict, or the text of one in Python's syntax or JSON."""
+def _entity(found, where: str, offsets: bool = True) -> Entity:
+    """The entity of a cell: a dict, or the text of one in Python's syntax or JSON. Without
+    `offsets` it may lack both, or the second."""
     if isinstance(found, str) and (usual := ENTITY.fullmatch(found)):
         word, start, end, type_ = usual.groups()
         found = {"word": word, "start_idx": int(start), "end_idx": int(end), "type": type_}
@@ -209,8 +297,10 @@ def _entity(found, where: str) -> Entity:
         raise InputError(f"{where}: found {shorten(found)}, expected {expected}")
     word, start, end, type_ = (found.get(key) for key in ENTITY_FIELDS)
     expect(is_text(word) and word.strip(), where, "word", word, "text")
-    expect(type(start) is int, where, "start_idx", start, "a whole number")
-    expect(type(end) is int, where, "end_idx", end, "a whole number")
+    has_start, has_end = type(start) is int, type(end) is int
+    expect(has_start or (start is end is None and not offsets), where, "start_idx", start,
+           "a whole number")  # fmt: skip
+    expect(has_end or (end is None and not offsets), where, "end_idx", end, "a whole number")
     expect(_is_missing(type_) or is_text(type_), where, "type", type_, "text such as PER")
     return Entity(word, start, end, None if _is_missing(type_) else type_.strip())
 

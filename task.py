@@ -124,6 +124,10 @@ class RelationTask(Task):
         share = self.negative_share
         if settings.test_like():  # the same run as with this share given
             self.settings = replace(settings, no_relation_share=share)
+        related = {
+            (row.subject.type, row.object.type) for row in rows if row.label != self.labels[0]
+        }
+        self.pairs = [list(pair) for pair in sorted(related, key=str)]
         self.about = {"version": self.version, "labels": self.labels, "negative_share": share}
         self.template = Template(settings.marker, settings.prompt, settings.type_names)
 
@@ -194,7 +198,7 @@ class RelationTask(Task):
         save_checkpoint(
             folder / "ckpt.pt", self.model, self.tokenizer, labels=self.labels,
             model_options=self.settings.model_options(), template=self.template._asdict(),
-            max_length=self.settings.max_length, negative_factor=self.factor,
+            max_length=self.settings.max_length, negative_factor=self.factor, pairs=self.pairs,
             temperature=self.temperature, run=folder.name, data=str(data), version=self.version,
             scores=scores,
         )  # fmt: skip

@@ -22,8 +22,8 @@ FLOORS = (
     {"task"},
     {"step"},
     {"graph_step"},
-    {"train", "infer", "ensemble", "report"},
-    {"pretrain", "sweep"},
+    {"train", "predictor", "ensemble", "report"},
+    {"pretrain", "sweep", "infer"},
 )
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}

@@ -1,0 +1,191 @@
+"""Predict from Python: models that are loaded once and stay on the device.
+
+predictor = Predictor("runs/roberta-large-entity/ckpt.pt")     # or several: their mean
+predictor.predict([{"sentence": "…", "subject": "비틀즈", "object": "조지 해리슨"}])
+predictor.triples("…", ["비틀즈", "조지 해리슨", "링고 스타"], threshold=0.5)
+predictor(batch)       # a dict of columns: for datasets.Dataset.map and Ray Data's map_batches
+
+See docs/python.md.
+"""
+
+import os
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import transformers
+
+from calibration import temper
+from checkpoint import load_checkpoint, restore
+from common import InputError
+from data import MARKERS, Template
+from distributed import Worker, local_device
+from metrics import scale_negative
+from model import predict
+from rows import Entity, Row, entities_of, row_of
+from tokens import encode
+from vocabulary import unknown_in_rows
+
+
+class Triple(NamedTuple):
+    """A relation between two entities of a sentence, here their words."""
+
+    subject: str
+    relation: str
+    object: str
+    probability: float
+
+
+class Model(NamedTuple):
+    """A checkpoint, ready to predict; `content` is what it has besides its weights."""
+
+    relation_model: object
+    tokenizer: object
+    template: Template
+    content: dict
+
+
+class Predictor:
+    """The mean of the probabilities of one or more checkpoints.
+
+    device: auto (a GPU if there is one), cpu, cuda or cuda:N. amp: auto, off, bf16 or fp16, as in
+    train.py. max_tokens: tokens per batch, on a CPU at most 4096. Several threads may share one.
+    Copies in other processes load the checkpoints again. Raises InputError for what is no
+    checkpoint, for checkpoints with other labels, and for bad rows.
+    """
+
+    def __init__(self, checkpoints, device="auto", amp="auto", max_tokens=16384):
+        one = isinstance(checkpoints, (str, os.PathLike))
+        self.paths = [str(path) for path in ([checkpoints] if one else checkpoints)]
+        if not self.paths:
+            raise InputError("checkpoints: found none, expected at least one")
+        if len(set(map(os.path.realpath, self.paths))) < len(self.paths):
+            raise InputError("checkpoints: found one twice, expected different ones")
+        self.options = (device, amp, max_tokens)
+        self.version = [version_of(path) for path in self.paths]
+        self.worker, self.max_tokens = Worker(local_device(device)).with_precision(amp), max_tokens
+        self.models, self.lock = [self._load(path) for path in self.paths], Lock()
+        self.labels = self.models[0].content["labels"]
+        for path, model in zip(self.paths, self.models):
+            if model.content["labels"] != self.labels:
+                found = "its labels, or their order, differ from those of"
+                raise InputError(f"{path}: {found} {self.paths[0]}")
+        markers = (MARKERS[model.template.marker] for model in self.models)
+        self.needs_types = any("{" in marker[0][0] for marker in markers)
+        pairs = [model.content.get("pairs") for model in self.models]  # old ones have none
+        self.pairs = (
+            {tuple(pair) for found in pairs for pair in found} if None not in pairs else None
+        )
+
+    def _load(self, path: str) -> Model:
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it warns of settings that have no effect
+        content = load_checkpoint(path)
+        relation_model, tokenizer = restore(content)
+        transformers.logging.set_verbosity(level)
+        content = {key: value for key, value in content.items() if key != "weights"}
+        template = Template(**content["template"])
+        return Model(relation_model.place(self.worker), tokenizer, template, content)
+
+    def __reduce__(self):
+        """What pickle copies, and what `datasets` hashes to find results that it has saved."""
+        return Predictor, (self.paths, *self.options), {"version": self.version}
+
+    # --- rows ---------------------------------------------------------------------------------
+
+    def probabilities(self, rows: list[Row], progress=False, calibrated=True):
+        """(probabilities (rows, labels), number of truncated rows for each checkpoint).
+
+        progress: show a progress bar on stderr. calibrated: with the temperatures, which change the
+        order between rows and with it the AUPRC, but no label.
+        """
+        if not rows:
+            return np.zeros((0, len(self.labels))), [0] * len(self.models)
+        total, n_truncated = 0, []
+        with self.lock:  # a tokenizer and a model serve one thread at a time
+            for relation_model, tokenizer, template, about in self.models:
+                length = about["max_length"]
+                examples, n = encode(rows, template, tokenizer, self.labels, length)
+                n_truncated.append(n)
+                how = self.worker, self.max_tokens, progress
+                probs = predict(relation_model, examples, *how)
+                probs = scale_negative(probs, about["negative_factor"])
+                temperature = about.get("temperature", 1.0)  # old checkpoints have none
+                total = total + (temper(probs, temperature) if calibrated else probs)
+        return total / len(self.models), n_truncated
+
+    def notes(self, rows: list[Row]) -> list[str]:
+        """Lines about what the tokenizers do not know in these rows."""
+        with self.lock:
+            found = [unknown_in_rows(m.tokenizer, rows, m.template) for m in self.models]
+        return list(dict.fromkeys(line for lines in found for line in lines))
+
+    def predict(self, rows: list[dict]) -> list[dict]:
+        """For each row its `label`, the `probability` of it, and `probabilities` by label.
+
+        A row has a sentence, and subject and object as words, as words with offsets, or as
+        subject_entity and object_entity of the competition.
+        """
+        found = [row_of(row, number, f"row {number}")[0] for number, row in enumerate(rows)]
+        probs, _ = self.probabilities(found)
+        results = []
+        for p, best in zip(probs.tolist(), probs.argmax(1)):
+            probabilities = dict(zip(self.labels, p))
+            results.append({"label": self.labels[best], "probability": p[best],
+                            "probabilities": probabilities})  # fmt: skip
+        return results
+
+    def __call__(self, batch: dict[str, Sequence]) -> dict[str, Sequence]:
+        """The columns of `batch` and pred_label, probability and probs, in the order of labels."""
+        names = list(batch)
+        records = [dict(zip(names, values)) for values in zip(*batch.values(), strict=True)]
+        found = [row_of(record, n, f"row {n} of the batch")[0] for n, record in enumerate(records)]
+        probs, _ = self.probabilities(found)
+        predicted = [self.labels[best] for best in probs.argmax(1)]
+        columns = {"pred_label": predicted, "probability": probs.max(1).tolist()}
+        return {**batch, **columns, "probs": probs.tolist()}
+
+    # --- triples ------------------------------------------------------------------------------
+
+    def triples(self, sentence: str, entities: Sequence, threshold: float = 0.5) -> list[Triple]:
+        """The relations between the entities, of at least `threshold` probability.
+
+        entities: words, or dicts of word and optionally start_idx, end_idx, type. Every ordered
+        pair is predicted unless no training row has a relation between its types.
+        """
+        record = {"sentence": sentence, "entities": entities}
+        sentence, found, _ = entities_of(record, "triples")
+        (relations,), _ = self.relations([("triples", sentence, found)], threshold)
+        return [Triple(found[s].word, label, found[o].word, p) for s, label, o, p in relations]
+
+    def relations(self, texts: list[tuple[str, str, list[Entity]]], threshold: float,
+                  progress: bool = False):  # fmt: skip
+        """For each (place for messages, sentence, entities) a list of relations (number of the
+        subject, label, number of the object, probability); and as `probabilities` what was cut."""
+        rows, pairs = [], []
+        for number, (where, sentence, entities) in enumerate(texts):
+            for s, o in permutations(range(len(entities)), 2):
+                subject, obj = entities[s], entities[o]
+                types = subject.type, obj.type
+                if self.pairs is None or None in types or types in self.pairs:
+                    rows.append(Row("", sentence, subject, obj, None, "", where))
+                    pairs.append((number, s, o))
+        probs, n_truncated = self.probabilities(rows, progress)
+        found = [[] for _ in texts]
+        for (number, s, o), p in zip(pairs, probs):
+            best = p.argmax()
+            if best and p[best] >= threshold:  # the first label means no relation
+                found[number].append((s, self.labels[best], o, float(p[best])))
+        return found, n_truncated
+
+
+def version_of(path: str) -> tuple[int, int]:
+    """Size and time of the last change of a file: another version has others."""
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns
