@@ -5,6 +5,7 @@
     python infer.py A/ckpt.pt B/ckpt.pt                        # the mean of their probabilities
     python infer.py CKPT --sentence "…" --subject 비틀즈:ORG --object "링고 스타:PER"
     torchrun --nproc_per_node=4 infer.py CKPT                  # four GPUs share the file
+    python infer.py CKPT --export DIR                          # for transformers, ONNX and the hub
 
 Writes the competition's format, id,pred_label,probs, in the order of the input. Prints scores if
 every row has a gold label that the model knows.
@@ -16,10 +17,13 @@ from common import InputError, Parser, exit_on_error, is_text, shorten
 # isort: split
 
 import argparse
+import shlex
 from pathlib import Path
 
 import numpy as np
+import transformers
 
+from checkpoint import load_checkpoint
 from data import (
     KLUE_LABELS,
     TYPES,
@@ -27,6 +31,7 @@ from data import (
     with_label_names,
 )
 from distributed import DTYPES, Worker, process_group
+from export import export
 from metrics import describe, score, write_predictions
 from predictor import Predictor
 from rows import Entity, Row, compose, data_file, locate, read_rows
@@ -37,7 +42,8 @@ OPTIONS = ("--subject", "--object")
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", help="ckpt.pt of one or more runs; several are averaged")
+    add("checkpoints", nargs="+", help="ckpt.pt of one or more runs, or folders of --export; "
+        "several are averaged")  # fmt: skip
     add("--data", help="file to predict, a folder with test_data.csv, or hub:OWNER/NAME@REVISION"
         "[:CONFIG][/SPLIT] (default: the first run's data folder)")  # fmt: skip
     add("--out", help="file to write (default: out/<run>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")
@@ -51,6 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--subject-at", type=int, metavar="N",
         help="where it starts, from 0, if the word is in the sentence more than once")  # fmt: skip
     add("--object-at", type=int, metavar="N", help="likewise for the object")
+    add("--export", metavar="DIR", help="write the model to a new folder: encoder and tokenizer as "
+        "save_pretrained, ONNX, model card")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--amp", default="auto", choices=("auto", *DTYPES), help="mixed precision (default: auto)")
     add("--max-tokens", type=int, default=16384, metavar="N",
@@ -69,6 +77,12 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--{name} is for files; --sentence prints its prediction")
     if not any(one) and (arguments.subject_at, arguments.object_at) != (None, None):
         raise InputError("--subject-at and --object-at are for --sentence")
+    used = ("sentence", "subject_at", "object_at", *of_files)
+    if arguments.export and (given := [name for name in used if getattr(arguments, name)]):
+        name = given[0].replace("_", "-")
+        raise InputError(f"--{name}: --export predicts nothing, expected one of the two")
+    if arguments.export and len(arguments.checkpoints) > 1:
+        raise InputError(f"--export: found {len(arguments.checkpoints)} checkpoints, expected one")
     if arguments.max_tokens < 1:
         raise InputError(f"--max-tokens: found {arguments.max_tokens}, expected at least 1")
     return arguments
@@ -191,6 +205,13 @@ def scores_or_why_not(rows: list[Row], labels: list[str], probs: np.ndarray) -> 
 @exit_on_error
 def main():
     arguments = parse_arguments()
+    if arguments.export:
+        transformers.logging.set_verbosity_error()  # it warns of weights that we do not use
+        transformers.logging.disable_progress_bar()
+        export(load_checkpoint(arguments.checkpoints[0]), Path(arguments.export), print)
+        print(f"{arguments.export}: {arguments.checkpoints[0]}; upload it with")
+        print(f"  hf upload OWNER/NAME {shlex.quote(arguments.export)}")
+        return
     with process_group(arguments.amp, arguments.device) as worker:
         options = arguments.device, arguments.amp, arguments.max_tokens
         predictor = Predictor(arguments.checkpoints, *options)

@@ -19,7 +19,7 @@ FLOORS = (
     {"graphs"},
     {"model"},
     {"checkpoint"},
-    {"task"},
+    {"export", "task"},
     {"step"},
     {"graph_step"},
     {"train", "predictor", "ensemble", "report"},
