@@ -84,6 +84,13 @@ class Worker:
         dist.all_reduce(flag)
         return flag.item() > 0
 
+    def gather(self, value) -> list:
+        """The value of each process, a text or None, on all of them. Uses gloo."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self):
         self.any(False)
 

@@ -18,25 +18,31 @@ from common import InputError, Parser, exit_on_error, is_text, shorten
 
 import argparse
 import shlex
+from array import array
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import transformers
 
+import bulk
 from checkpoint import load_checkpoint
 from data import (
     KLUE_LABELS,
     TYPES,
-    note_unknown_types,
+    note_types,
+    types_of,
     with_label_names,
 )
 from distributed import DTYPES, Worker, process_group
 from export import export
-from metrics import describe, score, write_predictions
+from formats import read_records
+from metrics import describe, read_predictions, score
 from predictor import Predictor
-from rows import Entity, Row, compose, data_file, locate, read_rows
+from rows import NEEDED, Entity, Row, compose, data_file, locate, read_chunks, row_of, text_of
 
 OPTIONS = ("--subject", "--object")
+MAX_SCORED = 500_000  # rows: scores need all probabilities at once
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,6 +57,10 @@ def parse_arguments() -> argparse.Namespace:
         help="leave bad rows out; otherwise the first is an error")  # fmt: skip
     add("--label-order", default="", metavar="ORDER",
         help="what gold labels that are class numbers mean, as in train.py")  # fmt: skip
+    add("--triples", metavar="OUT", help="write the relations between the entities of each "
+        "sentence of --data: JSON lines, or .csv for Neo4j's import")  # fmt: skip
+    add("--threshold", type=float, metavar="P",
+        help="the least probability of a triple (default: 0.5)")  # fmt: skip
     add("--sentence", help="predict this sentence instead of a file")
     add("--subject", help="the subject in the sentence, as WORD:TYPE, such as 비틀즈:ORG, or WORD")
     add("--object", help="the object in the sentence, likewise")
@@ -71,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--sentence, --subject, --object: found bytes that are not UTF-8")
     if any(one):
         arguments.sentence, arguments.subject, arguments.object = map(compose, one)
-    of_files = ("data", "out", "label_order", "skip_bad_rows")
+    of_files = ("data", "out", "triples", "label_order", "skip_bad_rows")
     if any(one) and (given := [name for name in of_files if getattr(arguments, name)]):
         name = given[0].replace("_", "-")
         raise InputError(f"--{name} is for files; --sentence prints its prediction")
@@ -83,6 +93,16 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--{name}: --export predicts nothing, expected one of the two")
     if arguments.export and len(arguments.checkpoints) > 1:
         raise InputError(f"--export: found {len(arguments.checkpoints)} checkpoints, expected one")
+    if arguments.triples and not arguments.data:
+        raise InputError("--triples needs --data FILE, JSON lines with sentence and entities")
+    if arguments.triples and (arguments.out or arguments.label_order):
+        raise InputError("--triples excludes --out and --label-order")
+    if arguments.threshold is not None and not arguments.triples:
+        raise InputError("--threshold is for --triples")
+    if arguments.threshold is None:
+        arguments.threshold = 0.5
+    if not 0 <= arguments.threshold <= 1:
+        raise InputError(f"--threshold: found {arguments.threshold}, expected 0 to 1")
     if arguments.max_tokens < 1:
         raise InputError(f"--max-tokens: found {arguments.max_tokens}, expected at least 1")
     return arguments
@@ -158,48 +178,98 @@ def default_output(runs: list[str]) -> Path:
 
 
 def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Worker):
-    labels, paths = predictor.labels, arguments.checkpoints
-    about = [model.content for model in predictor.models]
+    """Predict a file and write a submission, or triples."""
+    about, log = [model.content for model in predictor.models], log_of(worker)
     path = data_file(arguments.data or about[0]["data"], "test_data")
-    out = Path(arguments.out or default_output([run["run"] for run in about]))
-    if out.resolve() in {Path(file).resolve() for file in (path, *paths)}:
-        raise InputError(f"--out {out}: expected another file than those that are read")
-    skipped = [] if arguments.skip_bad_rows else None
-    rows = read_rows(path, skipped, log_of(worker), unique_ids=True)
-    note_unknown_types(rows, labels, log_of(worker))
-    if arguments.label_order:  # without it, class numbers are labels that the model does not know
-        rows = with_label_names(rows, arguments.label_order)
-    probs, n_truncated = predictor.probabilities(rows, progress=True, calibrated=False)
-    for n, run in zip(n_truncated, about):
-        if n:
-            log_of(worker)(f"{n} rows truncated to {run['max_length']} tokens")
-    for line in predictor.notes(rows):
-        log_of(worker)(line)
+    triples_out = arguments.triples and Path(arguments.triples)
+    out = triples_out or Path(arguments.out or default_output([run["run"] for run in about]))
+    as_csv = triples_out and out.suffix.lower() == ".csv"
+    outs = [out, out.with_suffix(".nodes.csv")] if as_csv else [out]
+    read = {Path(file).resolve() for file in (path, *arguments.checkpoints)}
+    for file in outs:
+        if file.resolve() in read:
+            option = "--triples" if triples_out else "--out"
+            raise InputError(f"{option} {file}: expected another file than those that are read")
+    make, columns = (text_of, ("sentence",)) if triples_out else (row_of, NEEDED)
+    n_rows = sum(1 for _ in read_records(path, columns))
+    size = bulk.chunk_size(n_rows, worker, of_texts=bool(triples_out))
+    options = [size, arguments.skip_bad_rows, arguments.threshold, len(outs), str(triples_out)]
+    parts = bulk.Parts(outs, bulk.key_of(path, predictor, *options), worker, log)
+    skipped = bulk.Skipped() if arguments.skip_bad_rows else None
+    chunks = read_chunks(path, make, size, skipped, log, unique_ids=not triples_out)
+    seen = Seen(arguments.label_order, predictor, log)
+    chunks = seen.texts(chunks) if triples_out else seen.rows(chunks)
+
+    def predict_chunk(rows):
+        progress = worker.rank == 0
+        if triples_out:
+            return bulk.triples(rows, predictor, arguments.threshold, as_csv, progress)
+        return bulk.predictions(rows, predictor, progress)
+
+    n_chunks = bulk.predict_chunks(chunks, predict_chunk, parts, worker, n_rows)
     if worker.rank > 0:
         return
-    predicted = [labels[c] for c in probs.argmax(1)]
-    write_predictions(out, [row.id for row in rows], predicted, probs)
-    print(f"{out}: {len(rows)} rows of {path}")
+    note_types(path, seen.types, predictor.labels, log)
+    headers = [""] if triples_out else [bulk.PREDICTIONS]
+    n_truncated = parts.join(list(bulk.NEO4J) if as_csv else headers, n_chunks)
+    for n, run in zip(n_truncated, about):
+        if n:
+            print(f"{n} rows truncated to {run['max_length']} tokens")
+    print(f"{' and '.join(map(str, outs))}: {seen.n} rows of {path}")
     if skipped:
-        more = [f"and {len(skipped) - 20} more"] if len(skipped) > 20 else []
-        print(f"left out {len(skipped)} bad rows:", *skipped[:20], *more, sep="\n  ")
-    if any(row.label is not None for row in rows):
-        print(scores_or_why_not(rows, labels, probs))
+        more = [f"and {skipped.n - len(skipped)} more"] if skipped.n > len(skipped) else []
+        print(f"left out {skipped.n} bad rows:", *skipped, *more, sep="\n  ")
+    if scores := seen.scores(out):
+        print(scores)
 
 
-def scores_or_why_not(rows: list[Row], labels: list[str], probs: np.ndarray) -> str:
-    """The scores of probs (N, C) if the model knows the gold label of each row."""
-    unlabelled = sum(row.label is None for row in rows)
-    unknown = [row for row in rows if row.label not in (None, *labels)]
-    if unknown:
-        found = f"{len(unknown)} of {len(rows)} rows have a label that the model does not know"
-        label, where = unknown[0].label, unknown[0].where
-        hint = "; --label-order says what numbers mean" if label.isdigit() else ""
-        return f"no scores: {found}, such as {shorten(label)} at {where}{hint}"
-    if unlabelled:
-        return f"no scores: {unlabelled} of {len(rows)} rows have no label"
-    gold = np.array([labels.index(row.label) for row in rows])
-    return describe(score(probs, gold), labels)
+class Seen:
+    """What the chunks of a file have had: rows, entity types, gold labels."""
+
+    def __init__(self, label_order: str, predictor: Predictor, log):
+        self.label_order, self.predictor, self.log = label_order, predictor, log
+        self.labels = predictor.labels
+        self.n, self.types, self.gold = 0, Counter(), array("h")  # -1: no label the model knows
+        self.unlabelled, self.unknown, self.first_unknown = 0, 0, None
+
+    def texts(self, chunks):
+        for texts in chunks:
+            self.n += len(texts)
+            self.types.update(e.type for text in texts for e in text.entities if e.type)
+            yield texts
+
+    def rows(self, chunks):
+        number = {label: i for i, label in enumerate(self.labels)}
+        for rows in chunks:
+            if self.n == 0:
+                for line in self.predictor.notes(rows):
+                    self.log(line)
+            if self.label_order:  # without it, class numbers are labels that the model lacks
+                rows = with_label_names(rows, self.label_order)
+            self.n += len(rows)
+            self.types += types_of(rows)
+            self.gold.extend(number.get(row.label, -1) for row in rows)
+            self.unlabelled += sum(row.label is None for row in rows)
+            unknown = [row for row in rows if row.label is not None and row.label not in number]
+            self.unknown += len(unknown)
+            self.first_unknown = self.first_unknown or (unknown and unknown[0])
+            yield rows
+
+    def scores(self, out: Path) -> str:
+        """The scores of the predictions in `out` if the model knows each row's gold label."""
+        if self.unlabelled == self.n or not self.gold:
+            return ""
+        if self.unknown:
+            found = f"{self.unknown} of {self.n} rows have a label that the model does not know"
+            label, where = self.first_unknown.label, self.first_unknown.where
+            hint = "; --label-order says what numbers mean" if label.isdigit() else ""
+            return f"no scores: {found}, such as {shorten(label)} at {where}{hint}"
+        if self.unlabelled:
+            return f"no scores: {self.unlabelled} of {self.n} rows have no label"
+        if self.n > MAX_SCORED:
+            return f"no scores: they take all probabilities of at most {MAX_SCORED} rows"
+        probs = read_predictions(str(out)).probs
+        return describe(score(probs, np.array(self.gold)), self.labels)
 
 
 @exit_on_error
@@ -214,7 +284,9 @@ def main():
         return
     with process_group(arguments.amp, arguments.device) as worker:
         options = arguments.device, arguments.amp, arguments.max_tokens
-        predictor = Predictor(arguments.checkpoints, *options)
+        # a temperature changes the order between rows, and so the AUPRC of a submission
+        calibrated = bool(arguments.sentence or arguments.triples)
+        predictor = Predictor(arguments.checkpoints, *options, calibrated)
         if not arguments.sentence:
             predict_file(arguments, predictor, worker)
             return

@@ -10,7 +10,7 @@ See docs/python.md.
 
 import os
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -25,9 +25,11 @@ from data import MARKERS, Template
 from distributed import Worker, local_device
 from metrics import scale_negative
 from model import predict
-from rows import Entity, Row, entities_of, row_of
+from rows import Row, Text, row_of, text_of
 from tokens import encode
 from vocabulary import unknown_in_rows
+
+SLICE = 65_536  # rows that are tokens at a time, about 4 kB each
 
 
 class Triple(NamedTuple):
@@ -52,19 +54,22 @@ class Predictor:
     """The mean of the probabilities of one or more checkpoints.
 
     device: auto (a GPU if there is one), cpu, cuda or cuda:N. amp: auto, off, bf16 or fp16, as in
-    train.py. max_tokens: tokens per batch, on a CPU at most 4096. Several threads may share one.
-    Copies in other processes load the checkpoints again. Raises InputError for what is no
-    checkpoint, for checkpoints with other labels, and for bad rows.
+    train.py. max_tokens: tokens per batch, on a CPU at most 4096. calibrated: with the temperatures
+    of the checkpoints (older ones have none), which change probabilities but no label; without, as
+    in the files that infer.py writes. Several threads may share one. Copies in other processes load
+    the checkpoints again. Raises InputError for what is no checkpoint, for checkpoints with other
+    labels, and for bad rows.
     """
 
-    def __init__(self, checkpoints, device="auto", amp="auto", max_tokens=16384):
+    def __init__(self, checkpoints, device="auto", amp="auto", max_tokens=16384, calibrated=True):
         one = isinstance(checkpoints, (str, os.PathLike))
         self.paths = [str(path) for path in ([checkpoints] if one else checkpoints)]
         if not self.paths:
             raise InputError("checkpoints: found none, expected at least one")
         if len(set(map(os.path.realpath, self.paths))) < len(self.paths):
             raise InputError("checkpoints: found one twice, expected different ones")
-        self.options = (device, amp, max_tokens)
+        self.options = (device, amp, max_tokens, calibrated)
+        self.calibrated = calibrated
         self.version = [version_of(path) for path in self.paths]
         self.worker, self.max_tokens = Worker(local_device(device)).with_precision(amp), max_tokens
         self.models, self.lock = [self._load(path) for path in self.paths], Lock()
@@ -96,26 +101,26 @@ class Predictor:
 
     # --- rows ---------------------------------------------------------------------------------
 
-    def probabilities(self, rows: list[Row], progress=False, calibrated=True):
+    def probabilities(self, rows: list[Row], progress: bool = False):
         """(probabilities (rows, labels), number of truncated rows for each checkpoint).
 
-        progress: show a progress bar on stderr. calibrated: with the temperatures, which change the
-        order between rows and with it the AUPRC, but no label.
+        progress: show a progress bar on stderr.
         """
-        if not rows:
-            return np.zeros((0, len(self.labels))), [0] * len(self.models)
-        total, n_truncated = 0, []
-        with self.lock:  # a tokenizer and a model serve one thread at a time
-            for relation_model, tokenizer, template, about in self.models:
-                length = about["max_length"]
-                examples, n = encode(rows, template, tokenizer, self.labels, length)
-                n_truncated.append(n)
-                how = self.worker, self.max_tokens, progress
-                probs = predict(relation_model, examples, *how)
-                probs = scale_negative(probs, about["negative_factor"])
-                temperature = about.get("temperature", 1.0)  # old checkpoints have none
-                total = total + (temper(probs, temperature) if calibrated else probs)
-        return total / len(self.models), n_truncated
+        mean = np.zeros((len(rows), len(self.labels)))
+        n_truncated, how = [0] * len(self.models), (self.worker, self.max_tokens, progress)
+        for start in range(0, len(rows), SLICE):
+            some = slice(start, start + SLICE)
+            with self.lock:  # a tokenizer and a model serve one thread at a time
+                for number, (relation_model, tokenizer, template, about) in enumerate(self.models):
+                    options = template, tokenizer, self.labels, about["max_length"]
+                    examples, n = encode(rows[some], *options)
+                    n_truncated[number] += n
+                    probs = predict(relation_model, examples, *how)
+                    probs = scale_negative(probs, about["negative_factor"])
+                    if self.calibrated:
+                        probs = temper(probs, about.get("temperature", 1.0))
+                    mean[some] += probs / len(self.models)
+        return mean, n_truncated
 
     def notes(self, rows: list[Row]) -> list[str]:
         """Lines about what the tokenizers do not know in these rows."""
@@ -157,29 +162,33 @@ class Predictor:
         pair is predicted unless no training row has a relation between its types.
         """
         record = {"sentence": sentence, "entities": entities}
-        sentence, found, _ = entities_of(record, "triples")
-        (relations,), _ = self.relations([("triples", sentence, found)], threshold)
+        text, _, _ = text_of(record, 0, "triples")
+        (relations,), _ = self.relations([text], threshold)
+        found = text.entities
         return [Triple(found[s].word, label, found[o].word, p) for s, label, o, p in relations]
 
-    def relations(self, texts: list[tuple[str, str, list[Entity]]], threshold: float,
-                  progress: bool = False):  # fmt: skip
-        """For each (place for messages, sentence, entities) a list of relations (number of the
-        subject, label, number of the object, probability); and as `probabilities` what was cut."""
-        rows, pairs = [], []
-        for number, (where, sentence, entities) in enumerate(texts):
-            for s, o in permutations(range(len(entities)), 2):
-                subject, obj = entities[s], entities[o]
+    def relations(self, texts: list[Text], threshold: float, progress: bool = False):
+        """(relations of each text, numbers of truncated rows): a relation is (number of the
+        subject, label, number of the object, probability); see `triples`."""
+        found, n_truncated = [[] for _ in texts], np.zeros(len(self.models), dtype=int)
+        pairs = self._pairs(texts)
+        while rows := list(islice(pairs, SLICE)):
+            probs, n = self.probabilities([row for _, _, _, row in rows], progress)
+            n_truncated += n
+            for (number, s, o, _), p in zip(rows, probs):
+                best = p.argmax()
+                if best and p[best] >= threshold:  # the first label means no relation
+                    found[number].append((s, self.labels[best], o, float(p[best])))
+        return found, n_truncated.tolist()
+
+    def _pairs(self, texts: list[Text]):
+        """Yield (number of the text, of the subject, of the object, row) for each ordered pair."""
+        for number, text in enumerate(texts):
+            for s, o in permutations(range(len(text.entities)), 2):
+                subject, obj = text.entities[s], text.entities[o]
                 types = subject.type, obj.type
                 if self.pairs is None or None in types or types in self.pairs:
-                    rows.append(Row("", sentence, subject, obj, None, "", where))
-                    pairs.append((number, s, o))
-        probs, n_truncated = self.probabilities(rows, progress)
-        found = [[] for _ in texts]
-        for (number, s, o), p in zip(pairs, probs):
-            best = p.argmax()
-            if best and p[best] >= threshold:  # the first label means no relation
-                found[number].append((s, self.labels[best], o, float(p[best])))
-        return found, n_truncated
+                    yield number, s, o, Row("", text.sentence, subject, obj, None, "", text.where)
 
 
 def version_of(path: str) -> tuple[int, int]:

@@ -21,6 +21,8 @@ from common import InputError, expect, is_text, parse_json, shorten
 from formats import HUB, data_file, file_in, read_records
 
 COLUMNS = ("id", "sentence", "subject_entity", "object_entity")  # label and source are optional
+NEEDED = ("sentence", "subject_entity or subject", "object_entity or object")
+UNIQUE = 200_000  # rows of a file read in chunks whose ids are remembered: 40 MB
 ENTITY_FIELDS = ("word", "start_idx", "end_idx", "type")
 
 
@@ -31,6 +33,15 @@ class Entity(NamedTuple):
     start: int
     end: int
     type: str | None
+
+
+class Text(NamedTuple):
+    """A sentence with any number of entities."""
+
+    id: str
+    sentence: str
+    entities: list[Entity]
+    where: str  # FILE:LINE
 
 
 class Row(NamedTuple):
@@ -54,38 +65,59 @@ def read_rows(
     error messages are appended to the list. With `unique_ids`, a row with the id of an earlier one
     is bad. `log` gets a line if rows are changed.
     """
-    rows, line_of, n_composed, n_skipped = [], {}, 0, len(skipped or [])
-    records = list(read_records(Path(path), [name for name in COLUMNS if name != "id"]))
-    numbered = all(_id(record) is None for _, record in records)
-    for number, (line, record) in enumerate(records):
+    (rows,) = read_chunks(path, row_of, math.inf, skipped, log, unique_ids)
+    return rows
+
+
+def read_chunks(path: str | Path, make, size: float, skipped: list[str] | None = None, log=print,
+                unique_ids: bool = False):  # fmt: skip
+    """Yield lists of at most `size` rows, read one after the other; see `read_rows`.
+
+    `make` is row_of or text_of. In chunks, ids are compared with those of UNIQUE rows only.
+    """
+    columns = NEEDED if make is row_of else ("sentence",)
+    numbered = all(_id(record) is None for _, record in read_records(Path(path), columns))
+    chunk, n_rows, n_composed, n_ambiguous = [], 0, 0, 0
+    line_of, n_bad, first_bad = {}, 0, ""
+    for number, (line, record) in enumerate(read_records(Path(path), columns)):
         where = f"{path}:{line}"
         try:
             if isinstance(record, InputError):
                 raise record
             expect(isinstance(record, dict), where, "row", record, "an object")
             row_id = number if numbered else _id(record)
-            found = _row(record, row_id, where)
-            row = normalized(found)
-            if unique_ids:
+            row, ambiguous, composed = make(record, row_id, where)
+            if unique_ids and not numbered and n_rows < max(UNIQUE, size):
                 unique = f"a unique id; line {line_of.get(row.id)} has it too"
                 expect(row.id not in line_of, where, "id", row.id, unique)
                 line_of[row.id] = line
-            rows.append(row)
-            n_composed += row != found
         except InputError as error:
             if skipped is None:
                 raise
             skipped.append(str(error))
-    if not rows:
-        bad = (skipped or [])[n_skipped:]
-        found = f"all {len(bad)} rows are bad; the first: {bad[0]}" if bad else "no rows"
+            n_bad, first_bad = n_bad + 1, first_bad or str(error)
+            continue
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+        chunk.append(row)
+        n_rows += 1
+        n_composed += composed
+        n_ambiguous += ambiguous > 0
+    if not chunk:
+        found = f"all {n_bad} rows are bad; the first: {first_bad}" if n_bad else "no rows"
         raise InputError(f"{path}: {found}")
     if numbered:
         log(f"{path}: the rows have no ids; they are numbered from 0")
+    elif unique_ids and n_rows > max(UNIQUE, size):
+        log(f"{path}: of {n_rows} rows the first {UNIQUE} were checked for ids that repeat")
     if n_composed:
         changed = f"composed the text of {n_composed} rows (Unicode NFC)"
         log(f"{path}: {changed}, and moved their offsets")
-    return rows
+    if n_ambiguous:
+        found = f"{n_ambiguous} rows have a word that is in the sentence more than once"
+        log(f"{path}: {found}: its first place outside the other entities was taken")
+    yield chunk
 
 
 def rows_to_predict(data: str | Path, skipped: list[str] | None = None, log=print) -> list[Row]:
@@ -218,20 +250,26 @@ def entity_of(found, where: str) -> Entity:
     return _entity(found, where, offsets=False)
 
 
-def entities_of(record: dict, where: str):
-    """The composed sentence and entities of {"sentence": …, "entities": […]}, and the number of
-    words that took one of several places."""
+def text_of(record: dict, row_id, where: str):
+    """The same for {"sentence": …, "entities": […]} and a Text, whose entities are not compared."""
     expect(isinstance(record, dict), where, "row", record, "an object")
     sentence, found = record.get("sentence"), record.get("entities")
     expect(is_text(sentence) and not _is_missing(sentence), where, "sentence", sentence, "text")
+    has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
+    expect(has_id, where, "id", row_id, "a number or text")
     expect(isinstance(found, (list, tuple)), where, "entities", found, "a list")
     names = [f"{where}: entities[{k}]" for k in range(len(found))]
     entities = [entity_of(entity, name) for entity, name in zip(found, names)]
-    return compose(sentence), *placed(sentence, entities, names)
+    done, n_ambiguous = placed(sentence, entities, names)
+    text = Text(str(row_id), compose(sentence), done, where)
+    return text, n_ambiguous, text.sentence != sentence
 
 
 def _given(record: dict, who: str, where: str) -> Entity:
     """The subject or object: SUBJECT_entity with offsets, else SUBJECT, a word or an entity."""
+    hint = "found entities, expected subject and object; --triples predicts all their pairs"
+    if "entities" in record and who not in record and f"{who}_entity" not in record:
+        raise InputError(f"{where}: {hint}")
     entity = record.get(f"{who}_entity")
     if entity is not None or record.get(who) is None:
         return _entity(entity, f"{where}: {who}_entity")

@@ -116,8 +116,10 @@ def test_an_older_checkpoint_has_no_temperature(checkpoint, tmp_path, rows):
     content = load_checkpoint(checkpoint)
     del content["temperature"], content["pairs"]
     export(content, tmp_path / "old", print)
-    predictor = Predictor(tmp_path / "old", amp="off")
-    raw, calibrated = (predictor.probabilities(rows[:3], calibrated=c)[0] for c in (False, True))
+    raw, calibrated = (
+        Predictor(tmp_path / "old", amp="off", calibrated=c).probabilities(rows[:3])[0]
+        for c in (False, True)
+    )
     np.testing.assert_allclose(raw, calibrated)
 
 

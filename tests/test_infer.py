@@ -3,17 +3,13 @@
 import csv
 
 import pytest
-import torch
 
 import infer
 from calibration import temper
-from checkpoint import save_checkpoint
 from common import InputError
-from data import KLUE_LABELS, TYPES, Template
-from encoder import load_encoder, load_tokenizer
+from data import KLUE_LABELS, TYPES
 from infer import choose_places, split_type
 from metrics import read_predictions
-from model import RelationModel
 from tests.helpers import write_rows
 
 # --- one sentence -----------------------------------------------------------------------------
@@ -71,21 +67,6 @@ def test_a_wrong_place_is_one_line_that_names_the_right_ones():
 
 
 # --- programs ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(encoder_folder, tmp_path_factory):
-    """A ckpt.pt with random weights."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("run") / "ckpt.pt"
-    options = {"head": "entity", "norm": "layer"}
-    model = RelationModel(load_encoder(str(encoder_folder)), 30, **options)
-    save_checkpoint(
-        path, model, load_tokenizer(str(encoder_folder)), labels=KLUE_LABELS, model_options=options,
-        template=Template()._asdict(), max_length=128, negative_factor=1.0, temperature=2.0,
-        run="run", data=str(path.parent), version={}, scores={},
-    )  # fmt: skip
-    return path
 
 
 def test_one_sentence_says_which_place_it_took(call, checkpoint):

@@ -23,7 +23,8 @@ FLOORS = (
     {"step"},
     {"graph_step"},
     {"train", "predictor", "ensemble", "report"},
-    {"pretrain", "sweep", "infer"},
+    {"pretrain", "sweep", "bulk"},
+    {"infer"},
 )
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}

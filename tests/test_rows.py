@@ -90,7 +90,7 @@ SUBJECT, OBJECT = ":2: subject_entity: ", ":3: object_entity: "
         (HEADER + '0,"김은', r":2: broken CSV"),
         (
             "id,sentence\n0,a\n",
-            r":1: header: found 'id,sentence', expected a column subject_entity, object_entity",
+            r":1: header: found 'id,sentence', expected a column subject_entity or subject, object",
         ),
         (HEADER, r"no rows"),
         ("", r"no rows"),
