@@ -4,8 +4,9 @@
 
 ckpt.pt has the best model: "format", "weights", "encoder" (its config as JSON), "tokenizer" (its
 files), "labels", "model_options" (of RelationModel), "template" (fields of data.Template),
-"max_length", "negative_factor" (see metrics.scale_negative), and about the run "run", "data",
-"version", "scores".
+"max_length", "negative_factor" (see metrics.scale_negative), "temperature" (see calibration.temper,
+it comes after the factor), "pairs" (types of subject and object that have a relation in a training
+row), and about the run "run", "data", "version", "scores". Older files lack temperature and pairs.
 
 last.pt has the last state: "format", "weights", "optimizer", "scaler", "progress" (fields of
 Progress), "settings", "hash" (of examples and encoder). The save before it is previous.pt. Both
@@ -23,9 +24,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from common import InputError, atomic_write
+from common import InputError, atomic_write, expect, first_line, read_json, read_text
 from distributed import Worker
 from encoder import text_encoder
 from model import RelationModel
@@ -51,7 +54,12 @@ def save_tensors(path: str | Path, content: dict, keep: Path | None = None):
 
 
 def load_checkpoint(path: str | Path, expected: str = MODEL_FORMAT) -> dict:
-    """The content of a ckpt.pt or last.pt, on the CPU; InputError for any other file."""
+    """The content of a ckpt.pt or last.pt, or of a folder that export.py wrote, on the CPU.
+
+    InputError for anything else.
+    """
+    if (Path(path) / RELATION_FILE).is_file():
+        return _read_folder(Path(path), expected)
     try:
         open(path, "rb").close()
     except OSError as error:
@@ -61,14 +69,43 @@ def load_checkpoint(path: str | Path, expected: str = MODEL_FORMAT) -> dict:
     except Exception as error:  # a damaged file raises any kind
         found = "truncated, or not a checkpoint of train.py"
         raise DamagedFile(f"{path}: {found}") from error
+    _check_format(path, content, expected)
+    return content
+
+
+def _check_format(path: str | Path, content, expected: str):
     found = content.get("format") if isinstance(content, dict) else None
     if found != expected:
         needs = f"expected {expected!r}, which this version of train.py writes"
         raise InputError(f"{path}: found format {str(found)[:40]!r}, {needs}")
-    return content
 
 
 # --- ckpt.pt ----------------------------------------------------------------------------------
+
+RELATION_FILE, HEAD_FILE = "relation.json", "head.safetensors"
+RELATION_KEYS = (
+    "labels", "model_options", "template", "max_length", "negative_factor", "run", "data",
+    "version", "scores", "tokenizer_files",
+)  # fmt: skip
+
+
+def _read_folder(folder: Path, expected: str) -> dict:
+    """The content of a folder that export.py wrote, as `load_checkpoint` gives that of ckpt.pt."""
+    content = read_json(folder / RELATION_FILE, "what infer.py --export writes")
+    _check_format(folder / RELATION_FILE, content, expected)
+    missing = ", ".join(key for key in RELATION_KEYS if key not in content)
+    expect(not missing, folder / RELATION_FILE, "keys", list(content), f"{missing} too")
+    names = content.pop("tokenizer_files")
+    content["tokenizer"] = {name: read_text(folder / Path(name).name) for name in names}
+    content["encoder"] = read_text(folder / "config.json")
+    weights = {}
+    for file, prefix in (("model.safetensors", "encoder."), (HEAD_FILE, "")):
+        try:
+            found = load_file(folder / file)
+        except (OSError, SafetensorError) as error:
+            raise DamagedFile(f"{folder / file}: cannot be read: {first_line(error)}") from error
+        weights |= {prefix + name: weight for name, weight in found.items()}
+    return content | {"weights": weights}
 
 
 def save_checkpoint(path: str | Path, model: RelationModel, tokenizer, **content):

@@ -12,7 +12,6 @@ import csv
 import difflib
 import functools
 import importlib
-import io
 import json
 import os
 import re
@@ -193,6 +192,19 @@ def atomic_write(path: str | Path, mode: str = "w", keep: Path | None = None):
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+@contextmanager
+def open_text(path: str | Path, newline: str = ""):
+    """Open a UTF-8 file, with or without a byte order mark, to read it line by line."""
+    try:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        read_text(path)  # raises an InputError that names the line
+        raise
+
+
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 file, with or without a byte order mark."""
     try:
@@ -256,30 +268,37 @@ def read_json(path: str | Path, expected: str):
 def read_csv(path: str | Path, columns: tuple[str, ...], with_bad: bool = False):
     """Yield (line, {column: cell}) for each record of a CSV or TSV file with these columns.
 
+    "subject_entity or subject" stands for either. The file is read line by line.
     A record with a wrong number of cells is an error, or `with_bad` is yielded as (line, error).
     """
     csv.field_size_limit(2**31 - 1)  # the largest C long of every platform
     delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
-    text = io.StringIO(read_text(path), newline="")
-    reader = csv.reader(text, strict=True, delimiter=delimiter)
     line, header = 1, None
     try:
-        for cells in reader:
-            if header is None:
-                header = [name.strip() for name in cells]
-                missing = ", ".join(column for column in columns if column not in header)
-                expect(not missing, f"{path}:1", "header", ",".join(header), f"a column {missing}")
-                twice = [name for name, n in Counter(header).items() if n > 1 and name]
-                expect(not twice, f"{path}:1", "header", ", ".join(twice), "each column once")
-            elif cells and len(cells) != len(header):
-                expected = f"{len(header)} cells as in the header"
-                found = f"row: found {shorten(cells)}, expected {expected}"
-                error = InputError(f"{path}:{line}: {found}")
-                if not with_bad:
-                    raise error
-                yield line, error
-            elif cells:
-                yield line, dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1  # a quoted cell may span several lines
+        with open_text(path) as file:
+            reader = csv.reader(file, strict=True, delimiter=delimiter)
+            for cells in reader:
+                if header is None:
+                    header = _header(cells, columns, f"{path}:1")
+                elif cells and len(cells) != len(header):
+                    expected = f"{len(header)} cells as in the header"
+                    found = f"row: found {shorten(cells)}, expected {expected}"
+                    error = InputError(f"{path}:{line}: {found}")
+                    if not with_bad:
+                        raise error
+                    yield line, error
+                elif cells:
+                    yield line, dict(zip(header, cells, strict=True))
+                line = reader.line_num + 1  # a quoted cell may span several lines
     except csv.Error as error:
         raise InputError(f"{path}:{line}: broken CSV: {error}") from error
+
+
+def _header(cells: list[str], columns: tuple[str, ...], where: str) -> list[str]:
+    header = [name.strip() for name in cells]
+    missing = (column for column in columns if not {*column.split(" or ")} & {*header})
+    missing = ", ".join(missing)
+    expect(not missing, where, "header", ",".join(header), f"a column {missing}")
+    twice = [name for name, n in Counter(header).items() if n > 1 and name]
+    expect(not twice, where, "header", ", ".join(twice), "each column once")
+    return header

@@ -10,6 +10,7 @@ with process_group("auto") as worker:
 import ctypes
 import gc
 import os
+import re
 import signal
 import sys
 import time
@@ -83,6 +84,13 @@ class Worker:
         dist.all_reduce(flag)
         return flag.item() > 0
 
+    def gather(self, value) -> list:
+        """The value of each process, a text or None, on all of them. Uses gloo."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self):
         self.any(False)
 
@@ -92,14 +100,24 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def local_device() -> torch.device:
-    """The GPU of this local rank, or the CPU."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+def local_device(name: str = "auto") -> torch.device:
+    """The device of this process for --device: auto, cpu, cuda (that of the local rank), cuda:N."""
+    local_rank, number = int(os.environ.get("LOCAL_RANK", "0")), None
+    if (named := re.fullmatch(r"cuda(?::(\d{1,3}))?|cpu|auto", name)) is None:
+        raise InputError(f"--device: found {name!r}, expected auto, cpu, cuda or cuda:N")
+    if named[1]:
+        number, n_gpus = int(named[1]), torch.cuda.device_count()
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise InputError(f"--device {name}: several processes need --device cuda, one GPU each")
+        if n_gpus and number >= n_gpus:
+            raise InputError(f"--device {name}: expected a number below {n_gpus}, the GPUs here")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: found no GPU that torch {torch.__version__} can use")
+    if name != "cpu" and torch.cuda.is_available():
         found, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if found > n_gpus:
             raise InputError(f"--nproc_per_node: found {found}, expected at most {n_gpus} GPUs")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank if number is None else number)
         torch.cuda.set_device(device)
         return device
     if sys.platform == "linux":
@@ -111,9 +129,9 @@ def local_device() -> torch.device:
 
 
 @contextmanager
-def process_group(amp: str):
+def process_group(amp: str, device: str = "auto"):
     """Join torchrun's process group for the length of the block; yields this process's Worker."""
-    worker = Worker(local_device())
+    worker = Worker(local_device(device))
     cuda = worker.device.type == "cuda"
     if "RANK" not in os.environ:
         yield worker.with_precision(amp)

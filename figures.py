@@ -137,6 +137,18 @@ def curves_figure(probs: np.ndarray, gold: np.ndarray, labels: list[str]) -> Fig
     return figure
 
 
+def reliability_figure(before: list[dict], after: list[dict]) -> Figure:
+    """Accuracy against mean probability of two tables of `calibration.reliability_table`."""
+    figure, axis = new_figure(4.6, 4.4)
+    axis.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="calibrated")
+    for table, title, colour in zip((before, after), ("before", "after"), COLOURS[::-1]):
+        mean, accuracy = ([line[name] for line in table] for name in ("mean", "accuracy"))
+        axis.plot(mean, accuracy, "o-", color=colour, label=title)
+    axis.set(xlabel="mean probability of the prediction, %", ylabel="accuracy, %")
+    axis.legend()
+    return figure
+
+
 def length_figure(lengths: dict[str, np.ndarray], limit: int) -> Figure:
     """Histograms of the files' lengths in tokens, and the limit."""
     figure, axis = new_figure(6.6, 3.2)

@@ -14,10 +14,10 @@ from common import (
     InputError,
     expect,
     first_line,
+    open_text,
     optional_import,
     parse_json,
     read_csv,
-    read_text,
 )
 
 HUB = re.compile(r"hub:([^@]+)@([^:@]+)(?::([^:@/]+))?")  # name or folder, revision, config
@@ -75,32 +75,36 @@ def read_records(path: Path, columns: list[str]):
 
 def _json_records(path: Path):
     """Yield (line, fields) of a JSON list, or of JSON lines, whatever the name of the file."""
-    text = read_text(path)
-    is_list = text.lstrip().startswith("[")
-    for number, piece in enumerate([text] if is_list else text.split("\n"), 1):
-        try:
-            if piece.strip():
-                content = parse_json(piece)
-                yield from enumerate(content, 1) if is_list else [(number, content)]
-        except (ValueError, RecursionError) as error:
-            line = number - 1 + getattr(error, "lineno", 1)
-            expected = "expected a JSON list, or an object on each line"
-            raise InputError(f"{path}:{line}: {expected}: {error}") from error
+    with open_text(path, "\n") as file:
+        first = next((line for line in file if line.strip()), "")
+    is_list = first.lstrip().startswith("[")
+    with open_text(path, "\n") as file:
+        for number, piece in enumerate([file.read()] if is_list else file, 1):
+            try:
+                if piece.strip():
+                    content = parse_json(piece)
+                    yield from enumerate(content, 1) if is_list else [(number, content)]
+            except (ValueError, RecursionError) as error:
+                line = number - 1 + getattr(error, "lineno", 1)
+                expected = "expected a JSON list, or an object on each line"
+                raise InputError(f"{path}:{line}: {expected}: {error}") from error
 
 
 def _parquet_records(path: Path):
     """Yield (number, fields) of a Parquet file; those of the hub know the names of labels."""
     parquet = optional_import("pyarrow.parquet", "a .parquet file")
     try:
-        table = parquet.ParquetFile(path, page_checksum_verification=True).read()
-        records = table.to_pylist()
-        about = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            columns = file.schema_arrow.names
+            twice = [name for name in set(columns) if columns.count(name) > 1]
+            expect(not twice, str(path), "columns", ", ".join(twice), "each column once")
+            about = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", "{}"))
+            names = about.get("info", {}).get("features", {}).get("label", {}).get("names")
+            batches = file.iter_batches(1024)
+            records = (record for batch in batches for record in batch.to_pylist())
+            yield from enumerate(_with_names(records, names), 1)
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of ValueError
         raise InputError(f"{path}: expected a Parquet file: {first_line(error)}") from error
-    twice = [name for name in set(table.column_names) if table.column_names.count(name) > 1]
-    expect(not twice, str(path), "columns", ", ".join(twice), "each column once")
-    label = about.get("info", {}).get("features", {}).get("label", {})
-    yield from enumerate(_with_names(records, label.get("names")), 1)
 
 
 def _hub_records(path: Path):

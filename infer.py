@@ -5,6 +5,7 @@
     python infer.py A/ckpt.pt B/ckpt.pt                        # the mean of their probabilities
     python infer.py CKPT --sentence "…" --subject 비틀즈:ORG --object "링고 스타:PER"
     torchrun --nproc_per_node=4 infer.py CKPT                  # four GPUs share the file
+    python infer.py CKPT --export DIR                          # for transformers, ONNX and the hub
 
 Writes the competition's format, id,pred_label,probs, in the order of the input. Prints scores if
 every row has a gold label that the model knows.
@@ -16,30 +17,39 @@ from common import InputError, Parser, exit_on_error, is_text, shorten
 # isort: split
 
 import argparse
-import os
-from itertools import product
+import shlex
+from array import array
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import transformers
 
-from checkpoint import load_checkpoint, restore
-from data import KLUE_LABELS, MARKERS, TYPES, Template, note_unknown_types, with_label_names
+import bulk
+from checkpoint import load_checkpoint
+from data import (
+    KLUE_LABELS,
+    TYPES,
+    note_types,
+    types_of,
+    with_label_names,
+)
 from distributed import DTYPES, Worker, process_group
-from metrics import describe, scale_negative, score, write_predictions
-from model import predict
-from rows import Entity, Row, compose, data_file, read_rows
-from tokens import encode
-from vocabulary import unknown_in_rows
+from export import export
+from formats import read_records
+from metrics import describe, read_predictions, score
+from predictor import Predictor
+from rows import NEEDED, Entity, Row, compose, data_file, locate, read_chunks, row_of, text_of
 
 OPTIONS = ("--subject", "--object")
-ABOUT = ("run", "data", "labels", "template")
+MAX_SCORED = 500_000  # rows: scores need all probabilities at once
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", help="ckpt.pt of one or more runs; several are averaged")
+    add("checkpoints", nargs="+", help="ckpt.pt of one or more runs, or folders of --export; "
+        "several are averaged")  # fmt: skip
     add("--data", help="file to predict, a folder with test_data.csv, or hub:OWNER/NAME@REVISION"
         "[:CONFIG][/SPLIT] (default: the first run's data folder)")  # fmt: skip
     add("--out", help="file to write (default: out/<run>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")
@@ -47,12 +57,19 @@ def parse_arguments() -> argparse.Namespace:
         help="leave bad rows out; otherwise the first is an error")  # fmt: skip
     add("--label-order", default="", metavar="ORDER",
         help="what gold labels that are class numbers mean, as in train.py")  # fmt: skip
+    add("--triples", metavar="OUT", help="write the relations between the entities of each "
+        "sentence of --data: JSON lines, or .csv for Neo4j's import")  # fmt: skip
+    add("--threshold", type=float, metavar="P",
+        help="the least probability of a triple (default: 0.5)")  # fmt: skip
     add("--sentence", help="predict this sentence instead of a file")
     add("--subject", help="the subject in the sentence, as WORD:TYPE, such as 비틀즈:ORG, or WORD")
     add("--object", help="the object in the sentence, likewise")
     add("--subject-at", type=int, metavar="N",
         help="where it starts, from 0, if the word is in the sentence more than once")  # fmt: skip
     add("--object-at", type=int, metavar="N", help="likewise for the object")
+    add("--export", metavar="DIR", help="write the model to a new folder: encoder and tokenizer as "
+        "save_pretrained, ONNX, model card")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--amp", default="auto", choices=("auto", *DTYPES), help="mixed precision (default: auto)")
     add("--max-tokens", type=int, default=16384, metavar="N",
         help="tokens per batch on a GPU (default: 16384; on a CPU at most 4096)")  # fmt: skip
@@ -64,53 +81,36 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--sentence, --subject, --object: found bytes that are not UTF-8")
     if any(one):
         arguments.sentence, arguments.subject, arguments.object = map(compose, one)
-    of_files = ("data", "out", "label_order", "skip_bad_rows")
+    of_files = ("data", "out", "triples", "label_order", "skip_bad_rows")
     if any(one) and (given := [name for name in of_files if getattr(arguments, name)]):
         name = given[0].replace("_", "-")
         raise InputError(f"--{name} is for files; --sentence prints its prediction")
     if not any(one) and (arguments.subject_at, arguments.object_at) != (None, None):
         raise InputError("--subject-at and --object-at are for --sentence")
+    used = ("sentence", "subject_at", "object_at", *of_files)
+    if arguments.export and (given := [name for name in used if getattr(arguments, name)]):
+        name = given[0].replace("_", "-")
+        raise InputError(f"--{name}: --export predicts nothing, expected one of the two")
+    if arguments.export and len(arguments.checkpoints) > 1:
+        raise InputError(f"--export: found {len(arguments.checkpoints)} checkpoints, expected one")
+    if arguments.triples and not arguments.data:
+        raise InputError("--triples needs --data FILE, JSON lines with sentence and entities")
+    if arguments.triples and (arguments.out or arguments.label_order):
+        raise InputError("--triples excludes --out and --label-order")
+    if arguments.threshold is not None and not arguments.triples:
+        raise InputError("--threshold is for --triples")
+    if arguments.threshold is None:
+        arguments.threshold = 0.5
+    if not 0 <= arguments.threshold <= 1:
+        raise InputError(f"--threshold: found {arguments.threshold}, expected 0 to 1")
     if arguments.max_tokens < 1:
         raise InputError(f"--max-tokens: found {arguments.max_tokens}, expected at least 1")
     return arguments
 
 
-def read_about(paths: list[str]) -> list[dict]:
-    """Run, data, labels and template of each checkpoint; the labels must agree."""
-    if len(set(map(os.path.realpath, paths))) < len(paths):
-        raise InputError("checkpoints: found one twice, expected different ones")
-    about = []
-    for path in paths:
-        checkpoint = load_checkpoint(path)
-        about.append({key: checkpoint[key] for key in ABOUT})
-        if about[-1]["labels"] != about[0]["labels"]:
-            raise InputError(f"{path}: its labels, or their order, differ from those of {paths[0]}")
-    return about
-
-
-def predict_rows(checkpoint: dict, rows: list[Row], worker: Worker, max_tokens: int) -> np.ndarray:
-    """Probabilities (rows, labels) on every rank, with the checkpoint's scaling of no_relation."""
-    model, tokenizer = restore(checkpoint)
-    template, max_length = Template(**checkpoint["template"]), checkpoint["max_length"]
-    examples, n_truncated = encode(rows, template, tokenizer, checkpoint["labels"], max_length)
-    said = unknown_in_rows(tokenizer, rows, template)
-    if n_truncated:
-        said.append(f"{n_truncated} rows truncated to {max_length} tokens")
-    for line in said:
-        log_of(worker)(line)
-    probs = predict(model.place(worker), examples, worker, max_tokens)
-    return scale_negative(probs, checkpoint["negative_factor"])
-
-
 def log_of(worker: Worker):
     """print on the first rank, nothing on the others."""
     return print if worker.rank == 0 else lambda text: None
-
-
-def mean_probs(paths: list[str], rows: list[Row], worker: Worker, max_tokens: int) -> np.ndarray:
-    """The mean of the checkpoints' probabilities (rows, labels); one model at a time in memory."""
-    each = (predict_rows(load_checkpoint(path), rows, worker, max_tokens) for path in paths)
-    return sum(each) / len(paths)
 
 
 # --- one sentence -----------------------------------------------------------------------------
@@ -135,34 +135,21 @@ def split_type(text: str, sentence: str, option: str, types: tuple[str, ...] | N
 
 
 def choose_places(sentence: str, words: list[str], given: list[int | None], log=print):
-    """Where the subject and the object start: as given, else the first places that are apart.
-
-    If every two places overlap, as for a word inside the other, the first different ones.
-    """
-    places = []
-    for option, word, at in zip(OPTIONS, words, given):
-        found = [i for i in range(len(sentence)) if sentence.startswith(word, i)]
-        if at is not None and at not in found:
-            where = ", ".join(map(str, found))
+    """Where the subject and the object start: as given, else as rows.locate says."""
+    starts, places = locate(sentence, words, given, OPTIONS)
+    for option, word, at, start, found in zip(OPTIONS, words, given, starts, places):
+        where = ", ".join(map(str, found))
+        if start not in found:
             raise InputError(f"{option}-at: found {at}, expected a place of {word!r}: {where}")
-        places.append(found if at is None else [at])
-    pairs = list(product(*places))
-    apart = [(s, o) for s, o in pairs if s + len(words[0]) <= o or o + len(words[1]) <= s]
-    different = [pair for pair in pairs if words[0] != words[1] or pair[0] != pair[1]]
-    if not different:
-        raise InputError("--object: expected another position in the sentence than the subject's")
-    chosen = (apart or different)[0]
-    for option, word, start, found in zip(OPTIONS, words, chosen, places):
-        if len(found) > 1:
-            where = ", ".join(map(str, found))
+        if at is None and len(found) > 1:
             log(f"{option}: {word!r} at {start}, of {where}; {option}-at N takes another")
-    return chosen
+    if starts[0] == starts[1] and len(words[0]) == len(words[1]):
+        raise InputError("--object: expected another position in the sentence than the subject's")
+    return starts
 
 
-def row_from_options(arguments: argparse.Namespace, about: list[dict], log) -> Row:
+def row_from_options(arguments: argparse.Namespace, labels: list[str], needs_types: bool, log):
     """The row of --sentence. InputError if the markers of a model need types that are missing."""
-    labels = about[0]["labels"]
-    needs_types = any("{" in MARKERS[run["template"]["marker"]][0][0] for run in about)
     sentence, types = arguments.sentence, TYPES if set(labels) == set(KLUE_LABELS) else None
     texts = arguments.subject, arguments.object
     found = [split_type(text, sentence, name, types) for name, text in zip(OPTIONS, texts)]
@@ -190,57 +177,122 @@ def default_output(runs: list[str]) -> Path:
     return Path("out") / f"{name}.csv"
 
 
-def predict_file(arguments: argparse.Namespace, about: list[dict], worker: Worker):
-    labels, paths = about[0]["labels"], arguments.checkpoints
+def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Worker):
+    """Predict a file and write a submission, or triples."""
+    about, log = [model.content for model in predictor.models], log_of(worker)
     path = data_file(arguments.data or about[0]["data"], "test_data")
-    out = Path(arguments.out or default_output([run["run"] for run in about]))
-    if out.resolve() in {Path(file).resolve() for file in (path, *paths)}:
-        raise InputError(f"--out {out}: expected another file than those that are read")
-    skipped = [] if arguments.skip_bad_rows else None
-    rows = read_rows(path, skipped, log_of(worker), unique_ids=True)
-    note_unknown_types(rows, labels, log_of(worker))
-    if arguments.label_order:  # without it, class numbers are labels that the model does not know
-        rows = with_label_names(rows, arguments.label_order)
-    probs = mean_probs(paths, rows, worker, arguments.max_tokens)
+    triples_out = arguments.triples and Path(arguments.triples)
+    out = triples_out or Path(arguments.out or default_output([run["run"] for run in about]))
+    as_csv = triples_out and out.suffix.lower() == ".csv"
+    outs = [out, out.with_suffix(".nodes.csv")] if as_csv else [out]
+    read = {Path(file).resolve() for file in (path, *arguments.checkpoints)}
+    for file in outs:
+        if file.resolve() in read:
+            option = "--triples" if triples_out else "--out"
+            raise InputError(f"{option} {file}: expected another file than those that are read")
+    make, columns = (text_of, ("sentence",)) if triples_out else (row_of, NEEDED)
+    n_rows = sum(1 for _ in read_records(path, columns))
+    size = bulk.chunk_size(n_rows, worker, of_texts=bool(triples_out))
+    options = [size, arguments.skip_bad_rows, arguments.threshold, len(outs), str(triples_out)]
+    parts = bulk.Parts(outs, bulk.key_of(path, predictor, *options), worker, log)
+    skipped = bulk.Skipped() if arguments.skip_bad_rows else None
+    chunks = read_chunks(path, make, size, skipped, log, unique_ids=not triples_out)
+    seen = Seen(arguments.label_order, predictor, log)
+    chunks = seen.texts(chunks) if triples_out else seen.rows(chunks)
+
+    def predict_chunk(rows):
+        progress = worker.rank == 0
+        if triples_out:
+            return bulk.triples(rows, predictor, arguments.threshold, as_csv, progress)
+        return bulk.predictions(rows, predictor, progress)
+
+    n_chunks = bulk.predict_chunks(chunks, predict_chunk, parts, worker, n_rows)
     if worker.rank > 0:
         return
-    predicted = [labels[c] for c in probs.argmax(1)]
-    write_predictions(out, [row.id for row in rows], predicted, probs)
-    print(f"{out}: {len(rows)} rows of {path}")
+    note_types(path, seen.types, predictor.labels, log)
+    headers = [""] if triples_out else [bulk.PREDICTIONS]
+    n_truncated = parts.join(list(bulk.NEO4J) if as_csv else headers, n_chunks)
+    for n, run in zip(n_truncated, about):
+        if n:
+            print(f"{n} rows truncated to {run['max_length']} tokens")
+    print(f"{' and '.join(map(str, outs))}: {seen.n} rows of {path}")
     if skipped:
-        more = [f"and {len(skipped) - 20} more"] if len(skipped) > 20 else []
-        print(f"left out {len(skipped)} bad rows:", *skipped[:20], *more, sep="\n  ")
-    if any(row.label is not None for row in rows):
-        print(scores_or_why_not(rows, labels, probs))
+        more = [f"and {skipped.n - len(skipped)} more"] if skipped.n > len(skipped) else []
+        print(f"left out {skipped.n} bad rows:", *skipped, *more, sep="\n  ")
+    if scores := seen.scores(out):
+        print(scores)
 
 
-def scores_or_why_not(rows: list[Row], labels: list[str], probs: np.ndarray) -> str:
-    """The scores of probs (N, C) if the model knows the gold label of each row."""
-    unlabelled = sum(row.label is None for row in rows)
-    unknown = [row for row in rows if row.label not in (None, *labels)]
-    if unknown:
-        found = f"{len(unknown)} of {len(rows)} rows have a label that the model does not know"
-        label, where = unknown[0].label, unknown[0].where
-        hint = "; --label-order says what numbers mean" if label.isdigit() else ""
-        return f"no scores: {found}, such as {shorten(label)} at {where}{hint}"
-    if unlabelled:
-        return f"no scores: {unlabelled} of {len(rows)} rows have no label"
-    gold = np.array([labels.index(row.label) for row in rows])
-    return describe(score(probs, gold), labels)
+class Seen:
+    """What the chunks of a file have had: rows, entity types, gold labels."""
+
+    def __init__(self, label_order: str, predictor: Predictor, log):
+        self.label_order, self.predictor, self.log = label_order, predictor, log
+        self.labels = predictor.labels
+        self.n, self.types, self.gold = 0, Counter(), array("h")  # -1: no label the model knows
+        self.unlabelled, self.unknown, self.first_unknown = 0, 0, None
+
+    def texts(self, chunks):
+        for texts in chunks:
+            self.n += len(texts)
+            self.types.update(e.type for text in texts for e in text.entities if e.type)
+            yield texts
+
+    def rows(self, chunks):
+        number = {label: i for i, label in enumerate(self.labels)}
+        for rows in chunks:
+            if self.n == 0:
+                for line in self.predictor.notes(rows):
+                    self.log(line)
+            if self.label_order:  # without it, class numbers are labels that the model lacks
+                rows = with_label_names(rows, self.label_order)
+            self.n += len(rows)
+            self.types += types_of(rows)
+            self.gold.extend(number.get(row.label, -1) for row in rows)
+            self.unlabelled += sum(row.label is None for row in rows)
+            unknown = [row for row in rows if row.label is not None and row.label not in number]
+            self.unknown += len(unknown)
+            self.first_unknown = self.first_unknown or (unknown and unknown[0])
+            yield rows
+
+    def scores(self, out: Path) -> str:
+        """The scores of the predictions in `out` if the model knows each row's gold label."""
+        if self.unlabelled == self.n or not self.gold:
+            return ""
+        if self.unknown:
+            found = f"{self.unknown} of {self.n} rows have a label that the model does not know"
+            label, where = self.first_unknown.label, self.first_unknown.where
+            hint = "; --label-order says what numbers mean" if label.isdigit() else ""
+            return f"no scores: {found}, such as {shorten(label)} at {where}{hint}"
+        if self.unlabelled:
+            return f"no scores: {self.unlabelled} of {self.n} rows have no label"
+        if self.n > MAX_SCORED:
+            return f"no scores: they take all probabilities of at most {MAX_SCORED} rows"
+        probs = read_predictions(str(out)).probs
+        return describe(score(probs, np.array(self.gold)), self.labels)
 
 
 @exit_on_error
 def main():
     arguments = parse_arguments()
-    about = read_about(arguments.checkpoints)
-    transformers.logging.set_verbosity_error()
-    with process_group(arguments.amp) as worker:
+    if arguments.export:
+        transformers.logging.set_verbosity_error()  # it warns of weights that we do not use
+        transformers.logging.disable_progress_bar()
+        export(load_checkpoint(arguments.checkpoints[0]), Path(arguments.export), print)
+        print(f"{arguments.export}: {arguments.checkpoints[0]}; upload it with")
+        print(f"  hf upload OWNER/NAME {shlex.quote(arguments.export)}")
+        return
+    with process_group(arguments.amp, arguments.device) as worker:
+        options = arguments.device, arguments.amp, arguments.max_tokens
+        # a temperature changes the order between rows, and so the AUPRC of a submission
+        calibrated = bool(arguments.sentence or arguments.triples)
+        predictor = Predictor(arguments.checkpoints, *options, calibrated)
         if not arguments.sentence:
-            predict_file(arguments, about, worker)
+            predict_file(arguments, predictor, worker)
             return
-        labels = about[0]["labels"]
-        row = row_from_options(arguments, about, log_of(worker))
-        probs = mean_probs(arguments.checkpoints, [row], worker, arguments.max_tokens)[0]
+        labels, needs_types = predictor.labels, predictor.needs_types
+        row = row_from_options(arguments, labels, needs_types, log_of(worker))
+        probs = predictor.probabilities([row])[0][0]
         if worker.rank == 0:
             print(*(f"{probs[i]:.4f}  {labels[i]}" for i in np.argsort(-probs)[:5]), sep="\n")
 

@@ -130,7 +130,8 @@ MANY_BATCHES = 16  # from here on recording a graph takes less time than it save
 
 
 @torch.inference_mode()
-def predict(model: RelationModel, examples: list[Example], worker: Worker, max_tokens=16384):
+def predict(model: RelationModel, examples: list[Example], worker: Worker, max_tokens=16384,
+            progress=True):  # fmt: skip
     """Probabilities (N, n_labels) in float64, in the order of the examples, on every rank.
 
     Each rank computes a part. InputError if a probability is not finite.
@@ -144,7 +145,7 @@ def predict(model: RelationModel, examples: list[Example], worker: Worker, max_t
     shape = len(examples), model.classifier.out_features
     probs = torch.zeros(*shape, dtype=torch.float64, device=worker.device)
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs few lines
-    how = {"mininterval": interval, "delay": interval, "disable": worker.rank > 0}
+    how = {"mininterval": interval, "delay": interval, "disable": worker.rank > 0 or not progress}
     forward = model
     if len(batches) >= MANY_BATCHES and not hasattr(model, "rnn") and is_capturable(model, worker):
         forward = GraphedForward(model, worker, max(map(len, batches)), int(lengths.max()))

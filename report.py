@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 import analysis
+import calibration
 import figures
 import labels
 import metrics
@@ -171,7 +172,7 @@ def report_errors(arguments: argparse.Namespace):
     """Describe the errors in one file of predictions.
 
     Scores with 95 % intervals, by label and by group of rows; confusions; precision-recall
-    curves; the worst mistakes.
+    curves; calibration; the worst mistakes.
     """
     loaded = load([arguments.file], arguments.gold, arguments.label_order)
     (probs, predicted), gold, labels = loaded.runs[0], loaded.gold, loaded.labels
@@ -191,6 +192,7 @@ def report_errors(arguments: argparse.Namespace):
         Section("Most frequent confusions", "", analysis.confusion_table(*classes)),
         Section("Confusion matrix", figure=figures.confusion_figure(*classes)),
         Section("Precision-recall curves", figure=figures.curves_figure(probs, gold, labels)),
+        *calibration_sections(probs, predicted, gold),
     ]
     if loaded.rows:
         for heading, (names, group) in groups_of(loaded.rows).items():
@@ -202,6 +204,24 @@ def report_errors(arguments: argparse.Namespace):
     sections.append(Section("Worst mistakes", note, cases=worst))
     out = arguments.out or Path(arguments.file).with_suffix("")
     loaded.write_report(arguments.file, sections, out)
+
+
+def calibration_sections(probs, predicted, gold) -> list[Section]:
+    """How far the probabilities can be trusted before and after a temperature, and thresholds."""
+    each, right = np.arange(len(gold)), predicted == gold
+    before, after = probs[each, predicted], calibration.cross_fitted(probs, gold)[each, predicted]
+    tables = [calibration.reliability_table(p, right) for p in (before, after)]
+    errors = [calibration.expected_calibration_error(p, right) for p in (before, after)]
+    temperature = calibration.fit_temperature(probs, gold)
+    note = f"Expected calibration error: {errors[0]:.2f} % before, {errors[1]:.2f} % after a"
+    note += f" temperature of {temperature:.2f}. Each half of the rows has the temperature that"
+    note += " was fitted on the other half. The table is of the probabilities after it."
+    kept = calibration.threshold_table(after, predicted, gold)
+    text = "Relations predicted with at least this probability, after the temperature."
+    return [
+        Section("Calibration", note, tables[1], figures.reliability_figure(*tables)),
+        Section("Thresholds", text, kept),
+    ]
 
 
 def groups_of(rows: list[Row]) -> dict[str, tuple[list[str], np.ndarray]]:

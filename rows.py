@@ -3,6 +3,7 @@
     rows = read_rows("data/train.csv")           # or another format, or a split of a hub data set
     rows = read_rows("train.csv", skipped := []) # leave bad rows out, collect their messages
     row = normalized(Row(...))                   # check and compose a row made in Python
+    row, n_ambiguous = row_of({"sentence": …, "subject": "비틀즈", "object": …}, 0, "my row")
 
 See docs/data.md.
 """
@@ -20,6 +21,8 @@ from common import InputError, expect, expect_new_id, is_text, parse_json, short
 from formats import HUB, data_file, file_in, read_records
 
 COLUMNS = ("id", "sentence", "subject_entity", "object_entity")  # label and source are optional
+NEEDED = ("sentence", "subject_entity or subject", "object_entity or object")
+UNIQUE = 200_000  # rows of a file read in chunks whose ids are remembered: 40 MB
 ENTITY_FIELDS = ("word", "start_idx", "end_idx", "type")
 
 
@@ -30,6 +33,15 @@ class Entity(NamedTuple):
     start: int
     end: int
     type: str | None
+
+
+class Text(NamedTuple):
+    """A sentence with any number of entities."""
+
+    id: str
+    sentence: str
+    entities: list[Entity]
+    where: str  # FILE:LINE
 
 
 class Row(NamedTuple):
@@ -53,36 +65,57 @@ def read_rows(
     error messages are appended to the list. With `unique_ids`, a row with the id of an earlier one
     is bad. `log` gets a line if rows are changed.
     """
-    rows, line_of, n_composed, n_skipped = [], {}, 0, len(skipped or [])
-    records = list(read_records(Path(path), [name for name in COLUMNS if name != "id"]))
-    numbered = all(_id(record) is None for _, record in records)
-    for number, (line, record) in enumerate(records):
+    (rows,) = read_chunks(path, row_of, math.inf, skipped, log, unique_ids)
+    return rows
+
+
+def read_chunks(path: str | Path, make, size: float, skipped: list[str] | None = None, log=print,
+                unique_ids: bool = False):  # fmt: skip
+    """Yield lists of at most `size` rows, read one after the other; see `read_rows`.
+
+    `make` is row_of or text_of. In chunks, ids are compared with those of UNIQUE rows only.
+    """
+    columns = NEEDED if make is row_of else ("sentence",)
+    numbered = all(_id(record) is None for _, record in read_records(Path(path), columns))
+    chunk, n_rows, n_composed, n_ambiguous = [], 0, 0, 0
+    line_of, n_bad, first_bad = {}, 0, ""
+    for number, (line, record) in enumerate(read_records(Path(path), columns)):
         where = f"{path}:{line}"
         try:
             if isinstance(record, InputError):
                 raise record
             expect(isinstance(record, dict), where, "row", record, "an object")
             row_id = number if numbered else _id(record)
-            found = _row(record, row_id, where)
-            row = normalized(found)
-            if unique_ids:
+            row, ambiguous, composed = make(record, row_id, where)
+            if unique_ids and not numbered and n_rows < max(UNIQUE, size):
                 expect_new_id(row.id, line, line_of, where)
-            rows.append(row)
-            n_composed += row != found
         except InputError as error:
             if skipped is None:
                 raise
             skipped.append(str(error))
-    if not rows:
-        bad = (skipped or [])[n_skipped:]
-        found = f"all {len(bad)} rows are bad; the first: {bad[0]}" if bad else "no rows"
+            n_bad, first_bad = n_bad + 1, first_bad or str(error)
+            continue
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+        chunk.append(row)
+        n_rows += 1
+        n_composed += composed
+        n_ambiguous += ambiguous > 0
+    if not chunk:
+        found = f"all {n_bad} rows are bad; the first: {first_bad}" if n_bad else "no rows"
         raise InputError(f"{path}: {found}")
     if numbered:
         log(f"{path}: the rows have no ids; they are numbered from 0")
+    elif unique_ids and n_rows > max(UNIQUE, size):
+        log(f"{path}: of {n_rows} rows the first {UNIQUE} were checked for ids that repeat")
     if n_composed:
         changed = f"composed the text of {n_composed} rows (Unicode NFC)"
         log(f"{path}: {changed}, and moved their offsets")
-    return rows
+    if n_ambiguous:
+        found = f"{n_ambiguous} rows have a word that is in the sentence more than once"
+        log(f"{path}: {found}: its first place outside the other entities was taken")
+    yield chunk
 
 
 def rows_to_predict(data: str | Path, skipped: list[str] | None = None, log=print) -> list[Row]:
@@ -120,10 +153,12 @@ def _located(entity: Entity, sentence: str, where: str) -> Entity:
     """The entity in the composed sentence; see `normalized`."""
     composed, word = compose(sentence), compose(entity.word)
     type_ = compose(entity.type) if entity.type else None
-    start, end = entity.start, entity.end
-    inside_a_letter = False
+    start, inside_a_letter = entity.start, False
     for form in (None, "NFC", "NFD"):
         text = unicodedata.normalize(form, sentence) if form else sentence
+        end = entity.end
+        if end is None:
+            end = start + len(unicodedata.normalize(form, word) if form else entity.word) - 1
         if 0 <= start <= end < len(text) and compose(text[start : end + 1]) == word:
             before = compose(text[:start])
             if before + word + compose(text[end + 1 :]) == composed:
@@ -132,6 +167,7 @@ def _located(entity: Entity, sentence: str, where: str) -> Entity:
     if inside_a_letter:
         raise InputError(f"{where}: word {shorten(word)} starts or ends inside a composed letter")
     bounds = f"0 <= start_idx <= end_idx < {len(sentence)} (the sentence's length)"
+    end = start + len(word) - 1 if entity.end is None else entity.end
     in_sentence = 0 <= start <= end < len(sentence)
     expect(in_sentence, where, "start_idx, end_idx", (start, end), bounds)
     span = compose(sentence[start : end + 1])
@@ -148,7 +184,97 @@ def _look_alikes(a: str, b: str) -> str:
     return f" ({names[0]} differs from {names[1]})"
 
 
+# --- words ------------------------------------------------------------------------------------
+
+
+def locate(sentence: str, words: list[str], starts: list[int | None], names: list[str]):
+    """(starts, all places of each word) in a composed sentence; finds the starts that are None.
+
+    Words with fewer places come first, of equally many the longer. Each takes its first place
+    outside the words that were located before it; if there is none, its first other span. `names`
+    are those of the words in error messages.
+    """
+    places = [[i for i in range(len(sentence)) if sentence.startswith(word, i)] for word in words]
+    spans = {k: (at, at + len(words[k])) for k, at in enumerate(starts) if at is not None}
+    missing = [k for k in range(len(words)) if k not in spans]
+    for k in sorted(missing, key=lambda k: (len(places[k]), -len(words[k]))):
+        found, taken = [(i, i + len(words[k])) for i in places[k]], spans.values()
+        expect(found, names[k], "word", words[k], "a word of the sentence")
+        apart = [a for a in found if all(a[1] <= b[0] or b[1] <= a[0] for b in taken)]
+        others = apart or [a for a in found if a not in taken]
+        expect(others, names[k], "word", words[k], "another position than another entity's")
+        spans[k] = others[0]
+    return [spans[k][0] for k in range(len(words))], places
+
+
+def placed(sentence: str, entities: list[Entity], names: list[str]):
+    """(composed entities with offsets, number of words that took one of several places).
+
+    `sentence` may be decomposed. An entity without offsets has None as its start, one without the
+    offset of its last character None as its end.
+    """
+    words = [compose(entity.word) for entity in entities]
+    at = [e.start if e.start is None else _located(e, sentence, name).start
+          for e, name in zip(entities, names)]  # fmt: skip
+    starts, places = locate(compose(sentence), words, at, names)
+    done = [Entity(word, start, start + len(word) - 1, entity.type and compose(entity.type))
+            for word, start, entity in zip(words, starts, entities)]  # fmt: skip
+    return done, sum(start is None and len(found) > 1 for start, found in zip(at, places))
+
+
 # --- fields -----------------------------------------------------------------------------------
+
+
+def row_of(record: dict, row_id, where: str):
+    """(checked and composed row, number of words that took one of several places, whether text was
+    composed), of the fields that docs/data.md lists."""
+    expect(isinstance(record, dict), where, "row", record, "an object")
+    found, n_ambiguous = _row(record, row_id, where), 0
+    given = found
+    if None in (*found.subject[1:3], *found.object[1:3]):
+        names = [f"{where}: {who}" for who in ("subject", "object")]
+        entities, n_ambiguous = placed(found.sentence, [found.subject, found.object], names)
+        found = found._replace(sentence=compose(found.sentence))
+        found = found._replace(subject=entities[0], object=entities[1])
+    row = normalized(found)
+    words = [(r.sentence, r.subject.word, r.object.word) for r in (given, row)]
+    return row, n_ambiguous, row != found or words[0] != words[1]
+
+
+def entity_of(found, where: str) -> Entity:
+    """The entity of a word, or of a dict with at least `word`; offsets may be None."""
+    if isinstance(found, str):
+        found = {"word": found.strip()}
+    return _entity(found, where, offsets=False)
+
+
+def text_of(record: dict, row_id, where: str):
+    """The same for {"sentence": …, "entities": […]} and a Text, whose entities are not compared."""
+    expect(isinstance(record, dict), where, "row", record, "an object")
+    sentence, found = record.get("sentence"), record.get("entities")
+    expect(is_text(sentence) and not _is_missing(sentence), where, "sentence", sentence, "text")
+    has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
+    expect(has_id, where, "id", row_id, "a number or text")
+    expect(isinstance(found, (list, tuple)), where, "entities", found, "a list")
+    names = [f"{where}: entities[{k}]" for k in range(len(found))]
+    entities = [entity_of(entity, name) for entity, name in zip(found, names)]
+    done, n_ambiguous = placed(sentence, entities, names)
+    text = Text(str(row_id), compose(sentence), done, where)
+    return text, n_ambiguous, text.sentence != sentence
+
+
+def _given(record: dict, who: str, where: str) -> Entity:
+    """The subject or object: SUBJECT_entity with offsets, else SUBJECT, a word or an entity."""
+    hint = "found entities, expected subject and object; --triples predicts all their pairs"
+    if "entities" in record and who not in record and f"{who}_entity" not in record:
+        raise InputError(f"{where}: {hint}")
+    entity = record.get(f"{who}_entity")
+    if entity is not None or record.get(who) is None:
+        return _entity(entity, f"{where}: {who}_entity")
+    entity, type_ = entity_of(record[who], f"{where}: {who}"), record.get(f"{who}_type")
+    has_type = _is_missing(type_) or is_text(type_)
+    expect(has_type, where, f"{who}_type", type_, "text such as PER")
+    return entity if _is_missing(type_) else entity._replace(type=type_.strip())
 
 
 def _id(record):
@@ -162,8 +288,7 @@ def _row(record: dict, row_id, where: str) -> Row:
     sentence, label = record.get("sentence"), record.get("label")
     has_sentence = is_text(sentence) and not _is_missing(sentence)
     expect(has_sentence, where, "sentence", sentence, "text")
-    entities = [_entity(record.get(f"{who}_entity"), f"{where}: {who}_entity")
-                for who in ("subject", "object")]  # fmt: skip
+    entities = [_given(record, who, where) for who in ("subject", "object")]
     has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
     expect(has_id, where, "id", row_id, "a number or text")
     has_text = _is_missing(label) or type(label) in (int, float) or is_text(label)
@@ -191,8 +316,9 @@ ENTITY = re.compile(
 )
 
 
-def _entity(found, where: str) -> Entity:
-    """The entity of a cell: a dict, or the text of one in Python's syntax or JSON."""
+def _entity(found, where: str, offsets: bool = True) -> Entity:
+    """The entity of a cell: a dict, or the text of one in Python's syntax or JSON. Without
+    `offsets` it may lack both, or the second."""
     if isinstance(found, str) and (usual := ENTITY.fullmatch(found)):
         word, start, end, type_ = usual.groups()
         found = {"word": word, "start_idx": int(start), "end_idx": int(end), "type": type_}
@@ -207,8 +333,10 @@ def _entity(found, where: str) -> Entity:
         raise InputError(f"{where}: found {shorten(found)}, expected {expected}")
     word, start, end, type_ = (found.get(key) for key in ENTITY_FIELDS)
     expect(is_text(word) and word.strip(), where, "word", word, "text")
-    expect(type(start) is int, where, "start_idx", start, "a whole number")
-    expect(type(end) is int, where, "end_idx", end, "a whole number")
+    has_start, has_end = type(start) is int, type(end) is int
+    expect(has_start or (start is end is None and not offsets), where, "start_idx", start,
+           "a whole number")  # fmt: skip
+    expect(has_end or (end is None and not offsets), where, "end_idx", end, "a whole number")
     expect(_is_missing(type_) or is_text(type_), where, "type", type_, "text such as PER")
     return Entity(word, start, end, None if _is_missing(type_) else type_.strip())
 

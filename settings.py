@@ -74,6 +74,8 @@ class TrainingSettings:
     amp: str = setting("auto", "run",
         "mixed precision; auto: bf16 if supported, else fp16 on a GPU and off on a CPU", "auto",
         "off", "bf16", "fp16")
+    device: str = setting("auto", "run",
+        "cpu, cuda or cuda:N; auto: a GPU if there is one", named=False)
     max_tokens: int = setting(16384, "run",
         "tokens per micro-batch on a device", 1, math.inf, named=False)
     eval_every: int = setting(0, "run",

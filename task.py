@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from calibration import fit_temperature
 from checkpoint import save_checkpoint
 from common import InputError, read_json
 from data import Template
@@ -124,6 +125,10 @@ class RelationTask(Task):
         share = self.negative_share
         if settings.test_like():  # the same run as with this share given
             self.settings = replace(settings, no_relation_share=share)
+        related = {
+            (row.subject.type, row.object.type) for row in rows if row.label != self.labels[0]
+        }
+        self.pairs = [list(pair) for pair in sorted(related, key=str)]
         self.about = {"version": self.version, "labels": self.labels, "negative_share": share}
         self.template = Template(settings.marker, settings.prompt, settings.type_names)
 
@@ -181,6 +186,7 @@ class RelationTask(Task):
                 f"{self.labels[0]} gets {share}: its probability is scaled by {self.factor:.2f}"
             )
         self.probs = scale_negative(probs[:n], self.factor)
+        self.temperature = fit_temperature(self.probs, self.gold)
         return score(self.probs, self.gold) if self.valid else {}
 
     def merit(self, scores: dict) -> float:
@@ -197,8 +203,9 @@ class RelationTask(Task):
         save_checkpoint(
             folder / "ckpt.pt", self.model, self.tokenizer, weights=weights, labels=self.labels,
             model_options=self.settings.model_options(), template=self.template._asdict(),
-            max_length=self.settings.max_length, negative_factor=self.factor,
-            run=folder.name, data=str(data), version=self.version, scores=scores,
+            max_length=self.settings.max_length, negative_factor=self.factor, pairs=self.pairs,
+            temperature=self.temperature, run=folder.name, data=str(data), version=self.version,
+            scores=scores,
         )  # fmt: skip
         if not self.valid:
             (folder / "valid.csv").unlink(missing_ok=True)  # of an earlier run

@@ -233,7 +233,7 @@ def run(settings: TrainingSettings, task_class: type[Task], on_step=lambda step:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a kernel each
-    with process_group(settings.amp) as worker:
+    with process_group(settings.amp, settings.device) as worker:
         is_first, stop = worker.rank == 0, StopSignal()
         log = tqdm.write if is_first else lambda text: None
         fresh = settings.fresh and not worker.any(restart_count() > 0)  # torchrun's restart resumes

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,7 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time
 if "RE_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only tests/test_gpu.py uses a GPU
 
-from data import Template
+from checkpoint import save_checkpoint
+from data import KLUE_LABELS, Template
+from encoder import load_encoder, load_tokenizer
+from model import RelationModel
 from rows import read_rows
 from sample.tiny_encoder import make_tiny_encoder
 from tests.helpers import ROOT, SAMPLE
@@ -37,6 +41,21 @@ def encoder_folder(tmp_path_factory, rows):
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(encoder_folder, tmp_path_factory):
+    """A ckpt.pt with random weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run") / "ckpt.pt"
+    options = {"head": "entity", "norm": "layer"}
+    model = RelationModel(load_encoder(str(encoder_folder)), 30, **options)
+    save_checkpoint(
+        path, model, load_tokenizer(str(encoder_folder)), labels=KLUE_LABELS, model_options=options,
+        template=Template()._asdict(), max_length=128, negative_factor=1.0, temperature=2.0,
+        run="run", data=str(path.parent), version={}, scores={},
+    )  # fmt: skip
+    return path
 
 
 @pytest.fixture

@@ -3,15 +3,13 @@
 import csv
 
 import pytest
-import torch
 
 import infer
-from checkpoint import save_checkpoint
+from calibration import temper
 from common import InputError
-from data import KLUE_LABELS, TYPES, Template
-from encoder import load_encoder, load_tokenizer
+from data import KLUE_LABELS, TYPES
 from infer import choose_places, split_type
-from model import RelationModel
+from metrics import read_predictions
 from tests.helpers import write_rows
 
 # --- one sentence -----------------------------------------------------------------------------
@@ -64,26 +62,11 @@ def test_a_wrong_place_is_one_line_that_names_the_right_ones():
     with pytest.raises(InputError, match=r"--object-at: found 1, expected a place of '가나': 0, 3"):
         choose_places(sentence, ("가나", "가나"), (None, 1))
     for words, given in ((("가나", "가나"), (3, 3)), (("나 가", "나 가"), (None, None))):
-        with pytest.raises(InputError, match="--object: expected another position"):
+        with pytest.raises(InputError, match=r"--object: .*expected another position"):
             choose_places(sentence, words, given)
 
 
 # --- programs ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(encoder_folder, tmp_path_factory):
-    """A ckpt.pt with random weights."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("run") / "ckpt.pt"
-    options = {"head": "entity", "norm": "layer"}
-    model = RelationModel(load_encoder(str(encoder_folder)), 30, **options)
-    save_checkpoint(
-        path, model, load_tokenizer(str(encoder_folder)), labels=KLUE_LABELS, model_options=options,
-        template=Template()._asdict(), max_length=128, negative_factor=1.0, run="run",
-        data=str(path.parent), version={}, scores={},
-    )  # fmt: skip
-    return path
 
 
 def test_one_sentence_says_which_place_it_took(call, checkpoint):
@@ -98,6 +81,20 @@ def test_one_sentence_says_which_place_it_took(call, checkpoint):
     assert "are for --sentence" in call(infer, checkpoint, "--object-at", 0, code=2).err
     options = checkpoint, "--sentence", sentence, *words, "--skip-bad-rows"
     assert "infer.py: --skip-bad-rows is for files" in call(infer, *options, code=2).err
+
+
+def test_one_sentence_has_the_temperature_and_a_file_has_not(call, checkpoint, rows, tmp_path):
+    row = rows[0]
+    write_rows(tmp_path / "test.csv", [row])
+    call(infer, checkpoint, "--data", "test.csv")
+    probs = read_predictions(str(tmp_path / "out/run.csv")).probs
+    words = [f"{entity.word}:{entity.type}" for entity in (row.subject, row.object)]
+    places = "--subject-at", row.subject.start, "--object-at", row.object.start
+    options = "--sentence", row.sentence, "--subject", words[0], "--object", words[1], *places
+    first = call(infer, checkpoint, *options).out.splitlines()[0]
+    expected = temper(probs, 2.0)[0]
+    assert first == f"{expected.max():.4f}  {KLUE_LABELS[expected.argmax()]}"
+    assert f"{probs.max():.4f}" not in first
 
 
 def test_a_type_that_the_markers_need_is_asked_for(call, checkpoint):

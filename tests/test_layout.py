@@ -13,17 +13,18 @@ FLOORS = (
     {"distributed", "formats"},
     {"rows"},
     {"data"},
-    {"metrics", "page", "settings", "tokens"},
+    {"calibration", "metrics", "page", "settings", "tokens"},
     {"analysis", "attention", "splits", "vocabulary"},
     {"encoder", "figures", "targets"},
     {"graphs", "labels", "selection"},
     {"model"},
     {"checkpoint"},
-    {"task"},
+    {"export", "task"},
     {"step"},
     {"graph_step"},
-    {"train", "infer", "ensemble", "report"},
-    {"pretrain", "sweep"},
+    {"train", "predictor", "ensemble", "report"},
+    {"pretrain", "sweep", "bulk"},
+    {"infer"},
 )
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}

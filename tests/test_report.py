@@ -163,10 +163,13 @@ def test_errors_of_a_run(folder, printed):
     assert "no_relation: precision" in text
     assert "By source" in text
     assert "By characters between the entities" in text
+    assert re.search(r"Expected calibration error: \d+\.\d+ % before, \d+\.\d+ % after", text)
+    assert re.search(r"^ *0\.95 +(\d+\.\d+|–) +\d+\.\d+ +\d+ +\d+\.\d+$", text, re.MULTILINE)
     assert "[E1] 비틀즈 [/E1]" in text
     assert {path.name for path in (folder / "a-1/valid").iterdir()} == {"index.html"}
     page_text = (folder / "a-1/valid/index.html").read_text()
     assert '<img alt="Confusion matrix"' in page_text
+    assert '<img alt="Calibration"' in page_text
     assert '<img alt="Precision-recall curves"' in page_text
     assert '<mark class="s">비틀즈</mark>' in page_text
     assert "&lt;script&gt;document.title" in page_text

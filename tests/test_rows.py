@@ -90,7 +90,7 @@ SUBJECT, OBJECT = ":2: subject_entity: ", ":3: object_entity: "
         (HEADER + '0,"김은', r":2: broken CSV"),
         (
             "id,sentence\n0,a\n",
-            r":1: header: found 'id,sentence', expected a column subject_entity, object_entity",
+            r":1: header: found 'id,sentence', expected a column subject_entity or subject, object",
         ),
         (HEADER, r"no rows"),
         ("", r"no rows"),
@@ -361,8 +361,7 @@ def test_a_sentence_on_the_command_line_is_composed(monkeypatch):
         texts = [convert(text) for convert, text in zip(form, (sentence, *words))]
         options = ["a.pt", "--sentence", texts[0], "--subject", texts[1], "--object", texts[2]]
         monkeypatch.setattr("sys.argv", ["infer.py", *options])
-        about = [{"labels": KLUE_LABELS, "template": Template()._asdict()}]
-        found = infer.row_from_options(infer.parse_arguments(), about, print)
+        found = infer.row_from_options(infer.parse_arguments(), KLUE_LABELS, True, print)
         assert found[1:4] == made_row(sentence, "비틀즈", "조지 해리슨", types=("ORG", "PER"))[1:4]
 
 

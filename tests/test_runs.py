@@ -13,6 +13,7 @@ import ensemble
 import infer
 import step
 import train
+from calibration import fit_temperature
 from common import exit_on_error
 from metrics import read_predictions
 from settings import Settings, parse_settings
@@ -221,6 +222,9 @@ def test_the_limit_leaves_the_validation_rows_as_they_are_and_the_learning_rate_
     call(infer, "run-90/ckpt.pt", "--amp", "off")
     predicted = read_predictions(str(tmp_path / "out/run-90.csv")).predicted
     assert content["negative_factor"] > 0
+    valid = read_predictions(str(tmp_path / "run-90/valid.csv"))
+    gold = np.array([content["labels"].index(label) for label in valid.gold])
+    assert content["temperature"] == pytest.approx(fit_temperature(valid.probs, gold), rel=1e-4)
     assert abs(np.mean([label == "no_relation" for label in predicted]) - 0.4) < 0.02
 
 

@@ -1,0 +1,200 @@
+"""Predict from Python: models that are loaded once and stay on the device.
+
+predictor = Predictor("runs/roberta-large-entity/ckpt.pt")     # or several: their mean
+predictor.predict([{"sentence": "…", "subject": "비틀즈", "object": "조지 해리슨"}])
+predictor.triples("…", ["비틀즈", "조지 해리슨", "링고 스타"], threshold=0.5)
+predictor(batch)       # a dict of columns: for datasets.Dataset.map and Ray Data's map_batches
+
+See docs/python.md.
+"""
+
+import os
+from collections.abc import Sequence
+from itertools import islice, permutations
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import transformers
+
+from calibration import temper
+from checkpoint import load_checkpoint, restore
+from common import InputError
+from data import MARKERS, Template
+from distributed import Worker, local_device
+from metrics import scale_negative
+from model import predict
+from rows import Row, Text, row_of, text_of
+from tokens import encode
+from vocabulary import unknown_in_rows
+
+SLICE = 65_536  # rows that are tokens at a time, about 4 kB each
+
+
+class Triple(NamedTuple):
+    """A relation between two entities of a sentence, here their words."""
+
+    subject: str
+    relation: str
+    object: str
+    probability: float
+
+
+class Model(NamedTuple):
+    """A checkpoint, ready to predict; `content` is what it has besides its weights."""
+
+    relation_model: object
+    tokenizer: object
+    template: Template
+    content: dict
+
+
+class Predictor:
+    """The mean of the probabilities of one or more checkpoints.
+
+    device: auto (a GPU if there is one), cpu, cuda or cuda:N. amp: auto, off, bf16 or fp16, as in
+    train.py. max_tokens: tokens per batch, on a CPU at most 4096. calibrated: with the temperatures
+    of the checkpoints (older ones have none), which change probabilities but no label; without, as
+    in the files that infer.py writes. Several threads may share one. Copies in other processes load
+    the checkpoints again. Raises InputError for what is no checkpoint, for checkpoints with other
+    labels, and for bad rows.
+    """
+
+    def __init__(self, checkpoints, device="auto", amp="auto", max_tokens=16384, calibrated=True):
+        one = isinstance(checkpoints, (str, os.PathLike))
+        self.paths = [str(path) for path in ([checkpoints] if one else checkpoints)]
+        if not self.paths:
+            raise InputError("checkpoints: found none, expected at least one")
+        if len(set(map(os.path.realpath, self.paths))) < len(self.paths):
+            raise InputError("checkpoints: found one twice, expected different ones")
+        self.options = (device, amp, max_tokens, calibrated)
+        self.calibrated = calibrated
+        self.version = [version_of(path) for path in self.paths]
+        self.worker, self.max_tokens = Worker(local_device(device)).with_precision(amp), max_tokens
+        self.models, self.lock = [self._load(path) for path in self.paths], Lock()
+        self.labels = self.models[0].content["labels"]
+        for path, model in zip(self.paths, self.models):
+            if model.content["labels"] != self.labels:
+                found = "its labels, or their order, differ from those of"
+                raise InputError(f"{path}: {found} {self.paths[0]}")
+        markers = (MARKERS[model.template.marker] for model in self.models)
+        self.needs_types = any("{" in marker[0][0] for marker in markers)
+        pairs = [model.content.get("pairs") for model in self.models]  # old ones have none
+        self.pairs = (
+            {tuple(pair) for found in pairs for pair in found} if None not in pairs else None
+        )
+
+    def _load(self, path: str) -> Model:
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it warns of settings that have no effect
+        content = load_checkpoint(path)
+        relation_model, tokenizer = restore(content)
+        transformers.logging.set_verbosity(level)
+        content = {key: value for key, value in content.items() if key != "weights"}
+        template = Template(**content["template"])
+        return Model(relation_model.place(self.worker), tokenizer, template, content)
+
+    def __reduce__(self):
+        """What pickle copies, and what `datasets` hashes to find results that it has saved."""
+        return Predictor, (self.paths, *self.options), {"version": self.version}
+
+    # --- rows ---------------------------------------------------------------------------------
+
+    def probabilities(self, rows: list[Row], progress: bool = False):
+        """(probabilities (rows, labels), number of truncated rows for each checkpoint).
+
+        progress: show a progress bar on stderr.
+        """
+        mean = np.zeros((len(rows), len(self.labels)))
+        n_truncated, how = [0] * len(self.models), (self.worker, self.max_tokens, progress)
+        for start in range(0, len(rows), SLICE):
+            some = slice(start, start + SLICE)
+            with self.lock:  # a tokenizer and a model serve one thread at a time
+                for number, (relation_model, tokenizer, template, about) in enumerate(self.models):
+                    options = template, tokenizer, self.labels, about["max_length"]
+                    examples, n = encode(rows[some], *options)
+                    n_truncated[number] += n
+                    probs = predict(relation_model, examples, *how)
+                    probs = scale_negative(probs, about["negative_factor"])
+                    if self.calibrated:
+                        probs = temper(probs, about.get("temperature", 1.0))
+                    mean[some] += probs / len(self.models)
+        return mean, n_truncated
+
+    def notes(self, rows: list[Row]) -> list[str]:
+        """Lines about what the tokenizers do not know in these rows."""
+        with self.lock:
+            found = [unknown_in_rows(m.tokenizer, rows, m.template) for m in self.models]
+        return list(dict.fromkeys(line for lines in found for line in lines))
+
+    def predict(self, rows: list[dict]) -> list[dict]:
+        """For each row its `label`, the `probability` of it, and `probabilities` by label.
+
+        A row has a sentence, and subject and object as words, as words with offsets, or as
+        subject_entity and object_entity of the competition.
+        """
+        found = [row_of(row, number, f"row {number}")[0] for number, row in enumerate(rows)]
+        probs, _ = self.probabilities(found)
+        results = []
+        for p, best in zip(probs.tolist(), probs.argmax(1)):
+            probabilities = dict(zip(self.labels, p))
+            results.append({"label": self.labels[best], "probability": p[best],
+                            "probabilities": probabilities})  # fmt: skip
+        return results
+
+    def __call__(self, batch: dict[str, Sequence]) -> dict[str, Sequence]:
+        """The columns of `batch` and pred_label, probability and probs, in the order of labels."""
+        names = list(batch)
+        records = [dict(zip(names, values)) for values in zip(*batch.values(), strict=True)]
+        found = [row_of(record, n, f"row {n} of the batch")[0] for n, record in enumerate(records)]
+        probs, _ = self.probabilities(found)
+        predicted = [self.labels[best] for best in probs.argmax(1)]
+        columns = {"pred_label": predicted, "probability": probs.max(1).tolist()}
+        return {**batch, **columns, "probs": probs.tolist()}
+
+    # --- triples ------------------------------------------------------------------------------
+
+    def triples(self, sentence: str, entities: Sequence, threshold: float = 0.5) -> list[Triple]:
+        """The relations between the entities, of at least `threshold` probability.
+
+        entities: words, or dicts of word and optionally start_idx, end_idx, type. Every ordered
+        pair is predicted unless no training row has a relation between its types.
+        """
+        record = {"sentence": sentence, "entities": entities}
+        text, _, _ = text_of(record, 0, "triples")
+        (relations,), _ = self.relations([text], threshold)
+        found = text.entities
+        return [Triple(found[s].word, label, found[o].word, p) for s, label, o, p in relations]
+
+    def relations(self, texts: list[Text], threshold: float, progress: bool = False):
+        """(relations of each text, numbers of truncated rows): a relation is (number of the
+        subject, label, number of the object, probability); see `triples`."""
+        found, n_truncated = [[] for _ in texts], np.zeros(len(self.models), dtype=int)
+        pairs = self._pairs(texts)
+        while rows := list(islice(pairs, SLICE)):
+            probs, n = self.probabilities([row for _, _, _, row in rows], progress)
+            n_truncated += n
+            for (number, s, o, _), p in zip(rows, probs):
+                best = p.argmax()
+                if best and p[best] >= threshold:  # the first label means no relation
+                    found[number].append((s, self.labels[best], o, float(p[best])))
+        return found, n_truncated.tolist()
+
+    def _pairs(self, texts: list[Text]):
+        """Yield (number of the text, of the subject, of the object, row) for each ordered pair."""
+        for number, text in enumerate(texts):
+            for s, o in permutations(range(len(text.entities)), 2):
+                subject, obj = text.entities[s], text.entities[o]
+                types = subject.type, obj.type
+                if self.pairs is None or None in types or types in self.pairs:
+                    yield number, s, o, Row("", text.sentence, subject, obj, None, "", text.where)
+
+
+def version_of(path: str) -> tuple[int, int]:
+    """Size and time of the last change of a file: another version has others."""
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,235 @@
+"""infer.py --export: the folder predicts as its checkpoint does, here and under onnxruntime."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import infer
+from calibration import temper
+from checkpoint import load_checkpoint, restore, save_checkpoint
+from common import InputError
+from data import KLUE_LABELS, Template
+from encoder import load_encoder, load_tokenizer
+from export import export, padded, write_onnx
+from metrics import scale_negative
+from model import RelationModel, predict
+from predictor import Predictor
+from tests.helpers import CPU, ROOT, encoder_of, examples_of, write_rows
+from tokens import encode
+
+SCORES = {"micro_f1": 70.0, "auprc": 60.0, "accuracy": 65.0, "absent": [], "step": 7}
+NEEDS = "pip install -r requirements-dev.txt installs it"
+LIKE_A_RUN = {"negative_factor": 1.7, "temperature": 1.4}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(encoder_folder, tmp_path_factory):
+    """A ckpt.pt with random weights, whose data lies in a private folder."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run") / "ckpt.pt"
+    options = {"head": "entity", "norm": "layer", "entity_embedding": "typed"}
+    model = RelationModel(load_encoder(str(encoder_folder)), 30, **options)
+    save_checkpoint(
+        path, model, load_tokenizer(str(encoder_folder)), labels=KLUE_LABELS, model_options=options,
+        template=Template()._asdict(), max_length=128, run="my-run", data=str(path.parent),
+        version={"revision": None, "content": "abc"}, scores=SCORES, pairs=[["PER", "LOC"]],
+        **LIKE_A_RUN,
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out") / "exported"
+    export(load_checkpoint(checkpoint), folder, print)
+    return folder
+
+
+def run_onnx(path, inputs):
+    onnxruntime = pytest.importorskip("onnxruntime", reason=NEEDS)
+    session = onnxruntime.InferenceSession(str(path))
+    assert [x.name for x in session.get_inputs()] == list(inputs)
+    return session.run(["probabilities"], inputs)[0]
+
+
+# --- the folder -------------------------------------------------------------------------------
+
+
+def test_a_folder_predicts_as_its_checkpoint(call, checkpoint, rows, tmp_path):
+    printed = call(infer, checkpoint, "--export", "folder").out
+    assert printed.endswith(
+        f"folder: {checkpoint}; upload it with\n  hf upload OWNER/NAME folder\n"
+    )
+    write_rows(tmp_path / "test.csv", rows[:20])
+    files = []
+    for model in (checkpoint, "folder"):
+        call(infer, model, "--data", "test.csv", "--amp", "off", "--out", "a.csv")
+        files.append((tmp_path / "a.csv").read_bytes())
+    assert files[0] == files[1]
+    both = [Predictor(path, amp="off") for path in (checkpoint, tmp_path / "folder")]
+    probs = [predictor.probabilities(rows[:20])[0] for predictor in both]
+    np.testing.assert_array_equal(*probs)
+    assert both[1].pairs == {("PER", "LOC")}
+
+
+def test_transformers_reads_encoder_and_tokenizer(checkpoint, exported, rows):
+    model, tokenizer = restore(load_checkpoint(checkpoint))
+    encoder = transformers.AutoModel.from_pretrained(exported)
+    read = transformers.AutoTokenizer.from_pretrained(exported)
+    assert read(rows[0].sentence)["input_ids"] == tokenizer(rows[0].sentence)["input_ids"]
+    weights = encoder.state_dict()
+    for name, weight in model.encoder.state_dict().items():
+        assert torch.equal(weights[name], weight)
+
+
+def test_nothing_in_the_folder_names_a_private_path(checkpoint, encoder_folder, exported):
+    for path in exported.iterdir():
+        for private in (checkpoint.parent, encoder_folder):
+            assert str(private).encode() not in path.read_bytes(), path
+    assert json.loads((exported / "relation.json").read_text())["data"] == "data"
+
+
+def test_the_model_card_has_scores_version_and_licence(checkpoint, exported, tmp_path):
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    for text in ("license: cc-by-sa-4.0", "# my-run", "micro F1 70.00  AUPRC 60.00",
+                 "Version: content abc.", "CC BY-SA 4.0"):  # fmt: skip
+        assert text in card
+    content = load_checkpoint(checkpoint)
+    content |= {"labels": [f"label {i}" for i in range(30)], "scores": {"step": 7}}
+    content |= {"data": "hub:a/b@1", "version": {"revision": "1", "content": "abc"}}
+    export(content, tmp_path / "other", print)
+    card = (tmp_path / "other/README.md").read_text(encoding="utf-8")
+    assert "license" not in card
+    assert "Add the name and the licence of the data here." in card
+    assert "None: the run had no validation rows." in card
+    assert "Version: revision 1, content abc." in card
+    assert json.loads((tmp_path / "other/relation.json").read_text())["data"] == "hub:a/b@1"
+
+
+def test_an_older_checkpoint_has_no_temperature(checkpoint, tmp_path, rows):
+    content = load_checkpoint(checkpoint)
+    del content["temperature"], content["pairs"]
+    export(content, tmp_path / "old", print)
+    raw, calibrated = (
+        Predictor(tmp_path / "old", amp="off", calibrated=c).probabilities(rows[:3])[0]
+        for c in (False, True)
+    )
+    np.testing.assert_allclose(raw, calibrated)
+
+
+# --- what cannot be written or read -----------------------------------------------------------
+
+
+def test_a_folder_with_files_is_left_alone(call, checkpoint, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("mine", "file"):
+        refused = call(infer, checkpoint, "--export", name, code=2).err
+        assert f"--export {name}: found it, expected a new or an empty folder" in refused
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
+    for more, expected in (
+        (("--data", "x"), "--data: --export predicts nothing"),
+        ((tmp_path / "b.pt",), "--export: found 2 checkpoints, expected one"),
+    ):
+        assert expected in call(infer, checkpoint, *more, "--export", "new", code=2).err
+    refused = call(infer, checkpoint, "--export", "file/below", code=2).err
+    assert "--export file/below: cannot be written: Not a directory" in refused
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
+
+
+def test_an_encoder_that_transformers_would_not_read_back_is_refused(checkpoint, tmp_path):
+    small = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = transformers.MT5Config(**small, vocab_size=99, dropout_rate=0)
+    model = RelationModel(transformers.AutoModel.from_config(config).encoder, 30)
+    content = load_checkpoint(checkpoint) | {"model_options": {"head": "cls"}}
+    content |= {"encoder": json.dumps(config.to_dict()), "weights": model.state_dict()}
+    with pytest.raises(InputError, match=r"its files lack|is not read back"):
+        export(content, tmp_path / "out", print)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_folder_is_one_line(call, checkpoint, tmp_path):
+    content = load_checkpoint(checkpoint)
+    for file, text, expected in (
+        ("head.safetensors", "x", "head.safetensors: cannot be read: "),
+        ("relation.json", "{", "relation.json: expected what infer.py --export writes"),
+        ("relation.json", '{"format": "9"}', "relation.json: found format '9', expected"),
+        ("relation.json", '{"format": "relation model 4"}', "keys: found"),
+    ):
+        folder = tmp_path / str(len(expected))
+        export(content, folder, print)
+        (folder / file).write_text(text)
+        assert expected in call(infer, folder, "--data", "x", code=2).err
+    (tmp_path / "empty").mkdir()
+    assert "empty: cannot be read: Is a directory" in call(infer, tmp_path / "empty", code=2).err
+
+
+# --- ONNX -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "embedding"),
+    [("bert", "entity", "none"), ("roberta", "cls", "typed"), ("xlm-r", "bilstm", "none"),
+     ("electra", "bigru", "plain"), ("modernbert", "entity", "none"), ("deberta-v2", "cls", "none"),
+     ("gpt2", "entity", "none"), ("llama", "cls", "none"), ("mistral", "entity", "none"),
+     ("qwen3", "bilstm", "none")],
+)  # fmt: skip
+def test_onnx_gives_our_probabilities(family, head, embedding, tmp_path):
+    pytest.importorskip("onnx", reason=NEEDS)
+    model = RelationModel(encoder_of(family), 30, head=head, entity_embedding=embedding).eval()
+    for table in model.entity_embeddings:  # they start at zero
+        torch.nn.init.normal_(table.weight)
+    batches = [examples_of(lengths, seed=3) for lengths in ([9, 30, 5, 17, 12], [7], [4, 4])]
+    ours = [scale_negative(predict(model, examples, CPU), 1.7) for examples in batches]
+    assert write_onnx(model, LIKE_A_RUN, tmp_path / "model.onnx") is None
+    for examples, probs in zip(batches, ours):
+        found = run_onnx(tmp_path / "model.onnx", padded(examples, model))
+        np.testing.assert_allclose(found, temper(probs, 1.4), atol=1e-5)
+
+
+def test_onnx_of_a_folder_gives_the_probabilities_of_rows(exported, rows):
+    pytest.importorskip("onnx", reason=NEEDS)
+    content = load_checkpoint(exported)
+    model, tokenizer = restore(content)
+    template = Template(**content["template"])
+    examples, _ = encode(rows[:16], template, tokenizer, content["labels"], content["max_length"])
+    found = run_onnx(exported / "model.onnx", padded(examples, model))
+    ours, _ = Predictor(exported, amp="off").probabilities(rows[:16])
+    np.testing.assert_allclose(found, ours, atol=1e-5)
+
+
+def test_the_snippets_of_the_docs(checkpoint, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnx", reason=NEEDS)
+    pytest.importorskip("onnxruntime", reason=NEEDS)
+    section = (ROOT / "docs/python.md").read_text(encoding="utf-8").split("\n## Export\n")[1]
+    snippets = re.findall(r"^```python\n(.*?)^```", section.split("\n## ")[0], re.M | re.S)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    shutil.copy(checkpoint, tmp_path / "runs/demo/ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    for snippet in snippets:
+        exec(snippet, names := {})
+    predictor = Predictor("exported", amp="off")
+    (expected,) = predictor.probabilities([names["row"]])[0]
+    best = expected.argmax()
+    printed = capsys.readouterr().out.splitlines()[-1].split()
+    assert (printed[0], float(printed[1])) == (
+        KLUE_LABELS[best], pytest.approx(expected[best], abs=1e-4)
+    )  # fmt: skip
+
+
+def test_without_the_package_onnx_the_rest_is_written(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    said = []
+    export(load_checkpoint(checkpoint), tmp_path / "out", said.append)
+    expected = "no model.onnx: it needs the package onnx: pip install -r requirements-dev.txt"
+    assert said == [expected]
+    assert not (tmp_path / "out/model.onnx").exists()
+    assert "onnx" not in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out/head.safetensors").exists()
