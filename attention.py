@@ -71,6 +71,8 @@ def _attention_on_gpu(query, key, value, flat, scaling, sliding_window, causal) 
 
 def _attention_by_length(query, key, value, flat, scaling, sliding_window, causal) -> torch.Tensor:
     """One batched product for each group of sentences of equal length; (T, heads, head_dim)."""
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("attention by length cannot be recorded: its lengths are on the CPU")
     groups = [(length, len(list(same))) for length, same in groupby(flat.lengths)]
     scale = scaling or query.shape[-1] ** -0.5
     # Split once: a slice per group would make the backward pass fill a gradient of T tokens each.

@@ -183,12 +183,15 @@ class Saver:
     """
 
     def __init__(self, device: torch.device):
-        self.is_async, self.saves = device.type == "cuda", []
+        self.is_async, self.saves, self.failed = device.type == "cuda", [], False
         self.thread = ThreadPoolExecutor(1)
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def __call__(self, states: dict, save, *arguments):
         """Call save(*arguments, states)."""
         if self.is_async:
+            while len(self.saves) > 1:  # each holds a copy
+                self.saves.pop(0).result()
             try:
                 states = copy.deepcopy(states)
                 self.saves.append(self.thread.submit(self.run, save, *arguments, states))
@@ -197,13 +200,17 @@ class Saver:
                 self.wait()
         save(*arguments, states)
 
-    @staticmethod
-    def run(save, *arguments):
-        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-        if stream:  # its copies to the CPU wait for this moment, not for later steps
-            stream.wait_stream(torch.cuda.default_stream())
-        with torch.cuda.stream(stream):
-            save(*arguments)
+    def run(self, save, *arguments):
+        if self.failed:  # last.pt must not name a best model that was not written
+            return
+        if self.stream:  # its copies to the CPU wait for this moment, not for later steps
+            self.stream.wait_stream(torch.cuda.default_stream())
+        try:
+            with torch.cuda.stream(self.stream):
+                save(*arguments)
+        except BaseException:
+            self.failed = True
+            raise
 
     def wait(self):
         while self.saves:

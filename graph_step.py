@@ -5,6 +5,7 @@ step.prepare(batches)                # records one graph per size, before an epo
 loss, skipped = step(batches[0], 0, lr)
 """
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +19,10 @@ from tokens import Batch, padded_size
 
 
 def make_step(task: Task, settings: TrainingSettings) -> TrainStep:
+    """A GraphStep if all processes can record their steps."""
     recorder = task.recorder
-    if recorder is None and settings.cuda_graphs and is_capturable(task.model, task.worker):
+    capturable = settings.cuda_graphs and is_capturable(task.model, task.worker)
+    if recorder is None and not task.worker.any(not capturable):
         recorder = CudaRecorder()
     return GraphStep(task, settings, recorder) if recorder else TrainStep(task, settings)
 
@@ -99,9 +102,11 @@ class GraphStep(TrainStep):
         if key not in self.passes:
             static = batch.to(self.worker.device)
             saved = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-            self.passes[key] = static, self.recorded(lambda: self.record_pass(static, add))
-            for buffer, before in saved:  # a warm-up must not change running statistics
-                buffer.copy_(before)
+            try:
+                self.passes[key] = static, self.recorded(lambda: self.record_pass(static, add))
+            finally:
+                for buffer, before in saved:  # a warm-up must not change running statistics
+                    buffer.copy_(before)
         return self.passes[key]
 
     def recorded(self, record):
@@ -228,6 +233,7 @@ class GraphStep(TrainStep):
 
     def shrink_micro_batches(self, indices: np.ndarray):
         self.passes.clear()
+        self.recorder = type(self.recorder)()  # a new pool: the old one is freed
         super().shrink_micro_batches(indices)
 
     def set_lr(self, lr: float):
@@ -247,10 +253,16 @@ class GraphStep(TrainStep):
             return
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group |= {"lr": rate, "capturable": self.worker.device.type == "cuda"}
+        self.replay_update = self.recorded(self.record_update)
+
+    def record_update(self):
+        recorder = type(self.recorder)()  # a pool of its own: that of the passes may be freed
         self.flat.fill_(float("nan"))  # the warm-up creates the optimiser's state and is skipped
-        self.recorder.warm_up(self.clip_and_step)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True")  # a warm-up is not captured
+            recorder.warm_up(self.clip_and_step)
         self.flat.zero_()
-        self.replay_update = self.recorded(lambda: self.recorder.record(self.clip_and_step))
+        return recorder.record(self.clip_and_step)
 
     def clip_and_step(self) -> torch.Tensor:
         norm = self.flat.norm()

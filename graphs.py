@@ -13,6 +13,7 @@ and copied into the same memory. graph_step.py records training steps.
 """
 
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import nn
@@ -24,11 +25,17 @@ from encoder import FlatEncoder
 from tokens import Batch, padded_size
 
 
+@cache
+def capture_stream():
+    """One stream for all recorders: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream()
+
+
 class CudaRecorder:
-    """Records what functions launch. All graphs share a stream and a memory pool."""
+    """Records what functions launch. Its graphs share a memory pool."""
 
     def __init__(self):
-        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.stream, self.pool = capture_stream(), torch.cuda.graph_pool_handle()
 
     def warm_up(self, function):
         """Run a function on the recorder's stream: libraries initialise, memory may run out."""
@@ -65,9 +72,12 @@ class EagerRecorder:
 
 def is_capturable(model: FlatEncoder, worker: Worker) -> bool:
     """Whether the encoder never waits for the GPU: it needs the attention kernel."""
+    if not model.is_flat:
+        return False
     config = model.encoder.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return model.is_flat and has_kernel(worker.device, worker.amp, head_dim)
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return head_dim > 0 and has_kernel(worker.device, worker.amp, head_dim)
 
 
 class HalfWeights:
@@ -120,12 +130,24 @@ class GraphedForward:
         self.passes = {}
 
     def __call__(self, batch: Batch) -> torch.Tensor:
+        if self.recorder is None:
+            return self.model(batch.to(self.worker.device))
         padded = batch.pad(padded_size(len(batch.ids)), self.n_sentences, self.longest)
-        if len(padded.ids) not in self.passes:
-            static = padded.to(self.worker.device)
-            self.recorder.warm_up(lambda: self.model(static))
-            replay = self.recorder.record(lambda: self.model(static))
-            self.passes[len(padded.ids)] = static, replay
-        static, replay = self.passes[len(padded.ids)]
+        try:
+            static, replay = self.pass_of(padded)
+        except RuntimeError:  # also out of memory; the result is the same without graphs
+            self.recorder = None
+            self.passes.clear()
+            torch.cuda.empty_cache()
+            return self(batch)
         padded.copy_to(static)
         return replay()[: len(batch.indices)]
+
+    def pass_of(self, padded: Batch):
+        """(static inputs, function that computes the logits of what they hold)."""
+        key = len(padded.ids)
+        if key not in self.passes:
+            static = padded.to(self.worker.device)
+            self.recorder.warm_up(lambda: self.model(static))
+            self.passes[key] = static, self.recorder.record(lambda: self.model(static))
+        return self.passes[key]

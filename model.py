@@ -20,7 +20,7 @@ from common import InputError
 from distributed import Worker
 from encoder import FlatEncoder
 from graphs import GraphedForward, is_capturable
-from tokens import Batch, Example, collate, to_device, within_tokens
+from tokens import PAD_LENGTH, Batch, Example, collate, to_device, within_tokens
 
 # --- heads ------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ MANY_BATCHES = 16  # from here on recording a graph takes less time than it save
 
 @torch.inference_mode()
 def predict(model: RelationModel, examples: list[Example], worker: Worker, max_tokens=16384,
-            progress=True):  # fmt: skip
+            progress=True, cuda_graphs=True):  # fmt: skip
     """Probabilities (N, n_labels) in float64, in the order of the examples, on every rank.
 
     Each rank computes a part. InputError if a probability is not finite.
@@ -146,14 +146,16 @@ def predict(model: RelationModel, examples: list[Example], worker: Worker, max_t
     probs = torch.zeros(*shape, dtype=torch.float64, device=worker.device)
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs few lines
     how = {"mininterval": interval, "delay": interval, "disable": worker.rank > 0 or not progress}
-    forward = model
-    if len(batches) >= MANY_BATCHES and not hasattr(model, "rnn") and is_capturable(model, worker):
-        forward = GraphedForward(model, worker, max(map(len, batches)), int(lengths.max()))
+    forward = None
+    many = len(batches) >= MANY_BATCHES and not hasattr(model, "rnn")
+    if cuda_graphs and many and is_capturable(model, worker):
+        longest = max(int(lengths.max()), PAD_LENGTH)
+        forward = GraphedForward(model, worker, max(map(len, batches)), longest)
     with worker.autocast():  # around the loop: each weight is cast once
         for indices in tqdm(batches, unit="batch", leave=False, **how):
             batch = collate(examples, indices)
             rows = to_device(torch.from_numpy(batch.indices), worker.device)
-            logits = forward(batch if forward is not model else batch.to(worker.device))
+            logits = forward(batch) if forward else model(batch.to(worker.device))
             probs[rows] = logits.double().softmax(1)
     probs = worker.sum(probs).cpu().numpy()
     if not np.isfinite(probs).all():

@@ -111,7 +111,7 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
     if is_first:  # purge_step hides events after the step that the run resumes from
         writer = SummaryWriter(folder, purge_step=progress.step + 1)
         writer.add_text("data", f"{settings.data} {task.about['version']}")
-    window, batches, first = Window(worker), None, progress.step
+    window, batches, first, said = Window(worker), None, progress.step, False
     saver = Saver(worker.device)
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs few lines
     how = {"unit": "step", "mininterval": interval, "disable": not is_first}
@@ -137,12 +137,10 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
             text = "loss {loss:.3f}, lr {learning_rate:.1e}, {sentences_per_second:.1f} sentences/s"
             text += ", {skipped_steps} steps skipped" if progress.skipped else ""
             bar.set_postfix_str(text.format(**shown), refresh=False)
-            if progress.step - first == 2 * LOG_EVERY:  # the first steps are slower
-                log(
-                    expected_time(
-                        task, shown["sentences_per_second"], steps, progress.step, eval_every
-                    )
-                )
+            if progress.step - first >= 2 * LOG_EVERY and not said:  # the first steps are slower
+                said = True
+                speed = shown["sentences_per_second"]
+                log(expected_time(task, speed, steps, progress.step, eval_every))
             scalars = {f"train/{name}": value for name, value in shown.items()}
             if evaluating:
                 scores = evaluate(task, progress, folder, train_step.max_tokens, saver)
@@ -239,7 +237,12 @@ def run(settings: TrainingSettings, task_class: type[Task], on_step=lambda step:
         fresh = settings.fresh and not worker.any(restart_count() > 0)  # torchrun's restart resumes
         each, results = runs_by_seed(settings), []
         for number, one in enumerate(each):
-            task = None  # free the model of the seed before
+            task = None  # free the model of the seed before: its step refers to itself
+            gc.unfreeze()
+            gc.collect()
+            gc.disable()
+            if worker.device.type == "cuda":
+                torch.cuda.empty_cache()
             task = task_class(one, worker, log)
             config = task.model.encoder.config
             one = task.settings.resolve(config.hidden_size, config.num_hidden_layers)

@@ -114,3 +114,18 @@ def test_saves_in_a_thread_see_the_states_of_their_time_and_raise_in_wait():
     saver({"weight": weight}, save, "full")
     with pytest.raises(OSError, match="disk full"):
         saver.wait()
+
+
+def test_after_a_failed_save_no_later_one_is_written():
+    """last.pt must not name a best model that was not written."""
+    saver, found = Saver(torch.device("cuda")), []
+
+    def fail(states):
+        raise OSError("disk full")
+
+    saver({}, fail)
+    saver({}, found.append)
+    with pytest.raises(OSError, match="disk full"):
+        saver.wait()
+    saver.thread.shutdown()
+    assert not found

@@ -216,3 +216,31 @@ def test_steps_after_an_evaluation_train_with_dropout(encoder_folder, kernel, he
             losses = [step.gradients(indices, seed).item() for seed in (1, 2, 1)]
             assert losses[0] == losses[2] != losses[1]
             task.model.eval()
+
+
+def test_prediction_continues_without_graphs_that_cannot_be_recorded(kernel):
+    class Failing(EagerRecorder):
+        def record(self, function):
+            raise RuntimeError("planted")
+
+    model, examples = RelationModel(encoder_of("roberta"), 30).eval(), examples_of(LENGTHS)
+    forward = GraphedForward(model, CPU, 20, 128, Failing())
+    with torch.inference_mode():
+        for indices in (np.arange(3), np.arange(3, 8)):
+            batch = collate(examples, indices)
+            torch.testing.assert_close(forward(batch), model(batch))
+
+
+def test_running_statistics_survive_a_warm_up_that_runs_out_of_memory(encoder_folder, kernel):
+    class Failing(EagerRecorder):
+        def warm_up(self, function):
+            function()
+            raise torch.OutOfMemoryError("planted")
+
+    task = relation_task(encoder_folder, norm="batch")
+    step = GraphStep(task, task.settings, Failing())
+    before = copy.deepcopy(dict(task.model.named_buffers()))
+    with pytest.raises(torch.OutOfMemoryError):
+        step.pass_of(step.padded_batch(np.arange(16), 0), False)
+    for name, buffer in task.model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
