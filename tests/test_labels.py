@@ -206,3 +206,21 @@ def test_from_folds_to_a_training_without_the_worst_rows(call, encoder_folder, t
     done = call(train, *arguments, "--relabel", "runs/labels/rows.csv", "--out", "b")
     assert "rows.csv: changed the label of " in done.out
     call(train, *arguments, "--soft-labels", "oof.csv", "--soft-mix", 1, "--out", "c")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("table", "arms"),
+    [
+        ("students", ["recipe", "vote of the recipe", "student, unlabelled rows", "student, both"]),
+        ("errors", ["all rows", "without the worst 1%", "soft targets for the worst 5%"]),
+    ],
+)
+def test_the_tool_measures_what_they_gain(run, encoder_folder, table, arms):
+    options = ["--table", table, "--data", SAMPLE, "--model", encoder_folder, "--out", "o"]
+    options += ["--seeds", 1, "--folds", 2, "--limit", 200, "--", "--lr", 1e-3, "--epochs", 1]
+    printed = run("tools/soft_targets.py", *options).stdout
+    last = printed[printed.rindex("\narm ") :]
+    for arm in arms:
+        assert f"\n{arm}  " in last
+    assert ("precision %" in printed) == (table == "errors")
