@@ -305,6 +305,16 @@ def print_diff(old: str, new: str, order: str):
     print(f"{counts}{len(relabelled)} relabelled (~)")
 
 
+def write_rows(path: Path, rows: list[Row]):
+    """Write rows as the competition's CSV; the label of a row without one is 100."""
+    with atomic_write(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*COLUMNS, "label", "source"])
+        for row in rows:
+            entities = [dict(zip(ENTITY_FIELDS, entity)) for entity in row[2:4]]
+            writer.writerow([row.id, row.sentence, *entities, row.label or 100, row.source])
+
+
 def download(folder: Path, hub: str):
     """Write a hub data set as train.csv, dev.csv, and test_data.csv: dev.csv without its labels."""
     for name in ("train.csv", "dev.csv", "test_data.csv"):
@@ -314,12 +324,7 @@ def download(folder: Path, hub: str):
     unlabelled = [row._replace(label=None) for row in dev]
     parts = {"train.csv": train, "dev.csv": dev, "test_data.csv": unlabelled}
     for name, rows in parts.items():
-        with atomic_write(folder / name) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*COLUMNS, "label", "source"])
-            for row in rows:
-                entities = [dict(zip(ENTITY_FIELDS, entity)) for entity in row[2:4]]
-                writer.writerow([row.id, row.sentence, *entities, row.label or 100, row.source])
+        write_rows(folder / name, rows)
         content = version(hub, rows)["content"]
         print(f"{folder / name}: {len(rows)} rows of {hub}, content {content}")
 

@@ -94,22 +94,26 @@ def select(probs, predicted, gold, metric: str, soft: bool, names: list[str]) ->
     """
     vote, all_rows = Vote(probs, predicted, gold, metric, soft), np.ones((len(gold), 1))
     weights, single = vote.select(all_rows[:, 0]), vote.best_file(all_rows[:, 0])
-    drawn = np.concatenate(list(bootstrap_weights(len(gold))), 1)  # (N, draws)
+    drawn = list(bootstrap_weights(len(gold)))  # (N, 100) each
+
+    def bootstrap(weights) -> np.ndarray:
+        return np.concatenate([vote.score(weights, part) for part in drawn])
+
     repeated, gains = [], []
-    for rows in drawn[:, :DRAWS].T:
+    for rows in drawn[0][:, :DRAWS].T:
         chosen, one, unseen = vote.select(rows), vote.best_file(rows), (rows == 0).astype(float)
         repeated.append(chosen > 0)
         sides = np.stack([rows, unseen], 1)
         gains.append(vote.score(chosen, sides) - vote.score_file(one, sides))
     repeated, gains = np.mean(repeated, 0), np.array(gains)  # (F,), (DRAWS, 2)
-    members, of_vote = [], vote.score(weights, drawn)
+    members, of_vote = [], bootstrap(weights)
     for i in np.flatnonzero(weights):
         line = {"file": names[i], "weight": int(weights[i])}
         line["alone"] = vote.score_file(i, all_rows)[0]
         without = np.where(np.arange(len(weights)) == i, 0, weights)
         if without.any():
             here = (vote.score(weights, all_rows) - vote.score(without, all_rows))[0]
-            gain = centred(metric, of_vote - vote.score(without, drawn), here)
+            gain = centred(metric, of_vote - bootstrap(without), here)
             line |= {"gain": here} | interval(gain)
             line["p"] = f"{((gain <= 0).sum() + 1) / (len(gain) + 1):.3f}"
         else:

@@ -21,13 +21,13 @@ DATA_SEED = 42  # of --limit and the splits: runs with different seeds use the s
 
 
 class ChosenRows(NamedTuple):
-    read: list[Row]  # all rows of the training file
     train: list[Row]
     valid: list[Row]
     scaling: list[Row]  # rows on which the scaling of the negative label is fitted
     negative_share: float  # the negative label's share in their predictions
     labels: list[str]
     version: dict  # of the training file
+    read: list[Row]  # all its rows, before cleaning and splitting
 
 
 def choose_rows(settings: Settings, log) -> ChosenRows:
@@ -84,7 +84,7 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         found = f"{len(rows)} training rows and {len(valid)} validation rows"
         raise InputError(f"{path}: {found}, expected some of each")
     scaling = (like or valid) if test_like else []
-    return ChosenRows(in_file, rows, valid, scaling, share, labels, file_version)
+    return ChosenRows(rows, valid, scaling, share, labels, file_version, in_file)
 
 
 def repeated_ids(rows: list[Row]) -> set[str]:

@@ -120,7 +120,7 @@ class RelationTask(Task):
                 "--norm batch: expected one process; it normalises over a process's rows"
             )
         chosen = choose_rows(settings, log)
-        _, _, self.valid_rows, scaling, self.negative_share, self.labels, self.version = chosen
+        _, self.valid_rows, scaling, self.negative_share, self.labels, self.version, _ = chosen
         rows, targets = with_targets(settings, chosen, edited(settings, chosen, log), log)
         share = self.negative_share
         if settings.test_like():  # the same run as with this share given

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import infer
 import labels
 import report
 import train
@@ -14,6 +15,7 @@ from data import KLUE_LABELS
 from metrics import read_predictions, write_predictions
 from rows import read_rows
 from tests.helpers import SAMPLE, row, write_rows
+from tools import soft_targets
 
 N = len(KLUE_LABELS)
 NUMBER = {label: c for c, label in enumerate(KLUE_LABELS)}
@@ -206,3 +208,28 @@ def test_from_folds_to_a_training_without_the_worst_rows(call, encoder_folder, t
     done = call(train, *arguments, "--relabel", "runs/labels/rows.csv", "--out", "b")
     assert "rows.csv: changed the label of " in done.out
     call(train, *arguments, "--soft-labels", "oof.csv", "--soft-mix", 1, "--out", "c")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("table", "arms"),
+    [
+        ("students", ["recipe", "vote of the recipe", "student, unlabelled rows", "student, both"]),
+        ("errors", ["all rows", "without the worst 1%", "soft targets for the worst 5%"]),
+    ],
+)
+def test_the_tool_measures_what_they_gain(call, monkeypatch, encoder_folder, table, arms):
+    programs = {"train.py": train, "infer.py": infer, "report.py": report}
+
+    def program(self, name, *arguments):  # in this process: saves minutes
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        programs[name].main()
+
+    monkeypatch.setattr(soft_targets.Runs, "program", program)
+    options = ["--table", table, "--data", SAMPLE, "--model", encoder_folder, "--out", "o"]
+    options += ["--seeds", 1, "--folds", 2, "--limit", 200, "--", "--lr", 1e-3, "--epochs", 1]
+    printed = call(soft_targets, *options).out
+    last = printed[printed.rindex("\narm ") :]
+    for arm in arms:
+        assert f"\n{arm}  " in last
+    assert ("precision %" in printed) == (table == "errors")
