@@ -170,6 +170,15 @@ def row_from_options(arguments: argparse.Namespace, labels: list[str], needs_typ
 # --- a file -----------------------------------------------------------------------------------
 
 
+def note(predictor: Predictor, n_truncated: list[int], rows: list[Row], log):
+    """Say how many rows each checkpoint has truncated, and what in `rows` is unknown to it."""
+    for n, model in zip(n_truncated, predictor.models):
+        if n:
+            log(f"{n} rows truncated to {model.content['max_length']} tokens")
+    for line in predictor.notes(rows) if rows else []:
+        log(line)
+
+
 def default_output(runs: list[str]) -> Path:
     """out/A.csv, out/A+B.csv, out/A+2.csv for one, two, three runs: names have a maximum length."""
     names = [Path(run).name.strip(".") or "run" for run in runs]  # a checkpoint may name any path
@@ -187,6 +196,8 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
     outs = [out, out.with_suffix(".nodes.csv")] if as_csv else [out]
     read = {Path(file).resolve() for file in (path, *arguments.checkpoints)}
     for file in outs:
+        if file.is_dir():
+            raise InputError(f"{file}: expected the name of a file, found a folder")
         if file.resolve() in read:
             option = "--triples" if triples_out else "--out"
             raise InputError(f"{option} {file}: expected another file than those that are read")
@@ -212,9 +223,7 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
     note_types(path, seen.types, predictor.labels, log)
     headers = [""] if triples_out else [bulk.PREDICTIONS]
     n_truncated = parts.join(list(bulk.NEO4J) if as_csv else headers, n_chunks)
-    for n, run in zip(n_truncated, about):
-        if n:
-            print(f"{n} rows truncated to {run['max_length']} tokens")
+    note(predictor, n_truncated, [], log)
     print(f"{' and '.join(map(str, outs))}: {seen.n} rows of {path}")
     if skipped:
         more = [f"and {skipped.n - len(skipped)} more"] if skipped.n > len(skipped) else []
@@ -242,8 +251,7 @@ class Seen:
         number = {label: i for i, label in enumerate(self.labels)}
         for rows in chunks:
             if self.n == 0:
-                for line in self.predictor.notes(rows):
-                    self.log(line)
+                note(self.predictor, [], rows, self.log)
             if self.label_order:  # without it, class numbers are labels that the model lacks
                 rows = with_label_names(rows, self.label_order)
             self.n += len(rows)
@@ -283,16 +291,19 @@ def main():
         print(f"  hf upload OWNER/NAME {shlex.quote(arguments.export)}")
         return
     with process_group(arguments.amp, arguments.device) as worker:
-        options = arguments.device, arguments.amp, arguments.max_tokens
+        amp = next(name for name, dtype in DTYPES.items() if dtype == worker.amp)  # of all ranks
         # a temperature changes the order between rows, and so the AUPRC of a submission
         calibrated = bool(arguments.sentence or arguments.triples)
-        predictor = Predictor(arguments.checkpoints, *options, calibrated)
+        options = arguments.device, amp, arguments.max_tokens, calibrated
+        predictor = Predictor(arguments.checkpoints, *options)
         if not arguments.sentence:
             predict_file(arguments, predictor, worker)
             return
         labels, needs_types = predictor.labels, predictor.needs_types
         row = row_from_options(arguments, labels, needs_types, log_of(worker))
-        probs = predictor.probabilities([row])[0][0]
+        probs, n_truncated = predictor.probabilities([row])
+        note(predictor, n_truncated, [row], log_of(worker))
+        probs = probs[0]
         if worker.rank == 0:
             print(*(f"{probs[i]:.4f}  {labels[i]}" for i in np.argsort(-probs)[:5]), sep="\n")
 

@@ -145,8 +145,8 @@ class Predictor:
 
     def __call__(self, batch: dict[str, Sequence]) -> dict[str, Sequence]:
         """The columns of `batch` and pred_label, probability and probs, in the order of labels."""
-        names = list(batch)
-        records = [dict(zip(names, values)) for values in zip(*batch.values(), strict=True)]
+        columns = [getattr(values, "tolist", lambda v=values: v)() for values in batch.values()]
+        records = [dict(zip(batch, values)) for values in zip(*columns, strict=True)]
         found = [row_of(record, n, f"row {n} of the batch")[0] for n, record in enumerate(records)]
         probs, _ = self.probabilities(found)
         predicted = [self.labels[best] for best in probs.argmax(1)]

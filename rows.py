@@ -14,6 +14,7 @@ import re
 import unicodedata
 from hashlib import sha256
 from itertools import zip_longest
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -293,15 +294,20 @@ def _row(record: dict, row_id, where: str) -> Row:
     entities = [_given(record, who, where) for who in ("subject", "object")]
     has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
     expect(has_id, where, "id", row_id, "a number or text")
-    has_text = _is_missing(label) or type(label) in (int, float) or is_text(label)
+    has_text = _is_missing(label) or _is_number(label) or is_text(label)
     expect(has_text, where, "label", label, "a relation's name")
     label = None if _is_missing(label) else re.sub(r"^(-?\d+)\.0*$", r"\1", str(label).strip())
     label = None if label in ("100", "-1") else label
     source = record.get("source")
-    has_text = _is_missing(source) or type(source) in (int, float) or is_text(source)
+    has_text = _is_missing(source) or _is_number(source) or is_text(source)
     expect(has_text, where, "source", source, "text")
     source = "" if _is_missing(source) else str(source)
     return Row(str(row_id), sentence, *entities, label, source, where)
+
+
+def _is_number(value) -> bool:
+    """Whether a value is a number, NumPy's too."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_missing(value) -> bool:
@@ -335,10 +341,11 @@ def _entity(found, where: str, offsets: bool = True) -> Entity:
         raise InputError(f"{where}: found {shorten(found)}, expected {expected}")
     word, start, end, type_ = (found.get(key) for key in ENTITY_FIELDS)
     expect(is_text(word) and word.strip(), where, "word", word, "text")
-    has_start, has_end = type(start) is int, type(end) is int
-    expect(has_start or (start is end is None and not offsets), where, "start_idx", start,
+    is_whole = [isinstance(x, Integral) and not isinstance(x, bool) for x in (start, end)]
+    start, end = (int(x) if whole else x for x, whole in zip((start, end), is_whole))
+    expect(is_whole[0] or (start is end is None and not offsets), where, "start_idx", start,
            "a whole number")  # fmt: skip
-    expect(has_end or (end is None and not offsets), where, "end_idx", end, "a whole number")
+    expect(is_whole[1] or (end is None and not offsets), where, "end_idx", end, "a whole number")
     expect(_is_missing(type_) or is_text(type_), where, "type", type_, "text such as PER")
     return Entity(word, start, end, None if _is_missing(type_) else type_.strip())
 

@@ -141,4 +141,7 @@ def test_what_is_read_is_not_overwritten_and_no_checkpoint_counts_twice(
         refused = call(infer, checkpoint, "--data", "test.csv", "--out", out, code=2).err
         assert f"--out {str(out).removeprefix('./')}: expected another file" in refused
     assert (tmp_path / "test.csv").read_bytes() == before
+    (tmp_path / "folder").mkdir()
+    refused = call(infer, checkpoint, "--data", "test.csv", "--out", "folder", code=2).err
+    assert "folder: expected the name of a file, found a folder" in refused
     assert "found one twice" in call(infer, checkpoint, checkpoint, code=2).err

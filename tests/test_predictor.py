@@ -97,6 +97,21 @@ def test_predictions_equal_those_of_infer(call, predictor, checkpoint, rows, tmp
     np.testing.assert_array_equal(columns["probability"], np.max(probs, 1))
 
 
+def test_numbers_and_columns_may_be_numpys(predictor, rows):
+    expected = predictor.predict([as_dict(rows[0])])
+    record = as_dict(rows[0])
+    for who in ("subject_entity", "object_entity"):
+        record[who] = {k: v if isinstance(v, str) else np.int64(v) for k, v in record[who].items()}
+    assert predictor.predict([record | {"label": np.int64(100), "id": np.int64(3)}]) == expected
+    batch = {key: np.array([value], dtype=object) for key, value in record.items()}
+    found = predictor(batch | {"label": np.array([100]), "source": np.array([np.nan])})
+    assert found["pred_label"] == [expected[0]["label"]]
+    for wrong in (True, 1.5):
+        record["subject_entity"]["start_idx"] = wrong
+        with pytest.raises(InputError, match="row 0: subject_entity: start_idx: found"):
+            predictor.predict([record])
+
+
 def test_several_checkpoints_are_averaged(predictor, checkpoint, tmp_path):
     content = load_checkpoint(checkpoint)
     content["weights"] = {name: 0.5 * weight for name, weight in content["weights"].items()}
