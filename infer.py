@@ -292,10 +292,10 @@ def main():
         return
     with process_group(arguments.amp, arguments.device) as worker:
         amp = next(name for name, dtype in DTYPES.items() if dtype == worker.amp)  # of all ranks
-        options = arguments.device, amp, arguments.max_tokens
         # a temperature changes the order between rows, and so the AUPRC of a submission
         calibrated = bool(arguments.sentence or arguments.triples)
-        predictor = Predictor(arguments.checkpoints, *options, calibrated)
+        options = arguments.device, amp, arguments.max_tokens, calibrated
+        predictor = Predictor(arguments.checkpoints, *options)
         if not arguments.sentence:
             predict_file(arguments, predictor, worker)
             return

@@ -4,6 +4,7 @@ import ast
 import copy
 import csv
 import shlex
+import shutil
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,9 @@ from tokens import Example
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "sample"
 CPU = Worker(torch.device("cpu"))
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def next_commands(printed: str) -> list[list[str]]:

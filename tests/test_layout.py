@@ -24,7 +24,7 @@ FLOORS = (
     {"graph_step"},
     {"train", "predictor", "ensemble", "report"},
     {"pretrain", "sweep", "bulk"},
-    {"infer"},
+    {"infer", "demo"},
 )
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}

@@ -6,7 +6,6 @@ import html
 import io
 import json
 import re
-import shutil
 import subprocess
 import warnings
 from collections import Counter
@@ -25,13 +24,10 @@ from data import KLUE_LABELS, PROMPTS, Template
 from encoder import add_markers, load_tokenizer
 from metrics import score, write_predictions
 from rows import Entity, Row, read_rows
-from tests.helpers import SAMPLE, write_rows
+from tests.helpers import BROWSER, SAMPLE, write_rows
 
 HOSTILE = (
     '<script>document.title = "hit"</script> & <img src=nowhere onerror="hit()"> 비틀즈와 "링고"'
-)
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 WIDTHS = (400, 1200, 1400)
 # Shows each page in frames of these widths. "beyond": elements that reach past the right edge of
