@@ -4,11 +4,12 @@
     python infer.py CKPT --data test.csv --out out/mine.csv    # another file
     python infer.py A/ckpt.pt B/ckpt.pt                        # the mean of their probabilities
     python infer.py CKPT --sentence "…" --subject 비틀즈:ORG --object "링고 스타:PER"
+    python infer.py CKPT --data texts.jsonl --triples out/triples.jsonl    # all pairs of entities
     torchrun --nproc_per_node=4 infer.py CKPT                  # four GPUs share the file
     python infer.py CKPT --export DIR                          # for transformers, ONNX and the hub
 
 Writes the competition's format, id,pred_label,probs, in the order of the input. Prints scores if
-every row has a gold label that the model knows.
+every row has a gold label that the model knows. predictor.py is for use from Python.
 """
 
 # First: it handles Ctrl-C while the others are imported.

@@ -197,7 +197,8 @@ def locate(sentence: str, words: list[str], starts: list[int | None], names: lis
     outside the words that were located before it; if there is none, its first other span. `names`
     are those of the words in error messages.
     """
-    places = [[i for i in range(len(sentence)) if sentence.startswith(word, i)] for word in words]
+    patterns = (f"(?={re.escape(word)})" for word in words)  # overlapping places too
+    places = [[found.start() for found in re.finditer(p, sentence)] for p in patterns]
     spans = {k: (at, at + len(words[k])) for k, at in enumerate(starts) if at is not None}
     missing = [k for k in range(len(words)) if k not in spans]
     for k in sorted(missing, key=lambda k: (len(places[k]), -len(words[k]))):

@@ -1,5 +1,6 @@
 """The Python snippets of the documents, run as they stand there."""
 
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,12 @@ def snippets(name: str) -> list:
         for code in re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
             found.append((section.splitlines()[0], code))
     return found
+
+
+def example(name: str, start: str) -> str:
+    """The indented block of a document that starts so."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    return re.search(rf"^    {re.escape(start)}.*\n(    .*\n)*", text, re.MULTILINE)[0]
 
 
 SNIPPETS = snippets("python.md")
@@ -97,6 +104,21 @@ def test_errors(folder, capsys):
     run_snippet("Errors")
     (line,) = re.findall(r"print\(error\)  # (.*)", dict(SNIPPETS)["Errors"])
     assert capsys.readouterr().out == f"{line}\n"
+
+
+def test_the_examples_of_files(folder, call):
+    """data.md's words and entities, and running.md's line of triples."""
+    words = example("data.md", "sentence,subject,object").replace("    ", "")
+    (folder / "words.csv").write_text(words, encoding="utf-8")
+    assert "1 rows of words.csv" in call(infer, "runs/demo/ckpt.pt", "--data", "words.csv").out
+    entities = json.loads(example("data.md", '{"id": "a", "sentence"'))
+    (folder / "texts.jsonl").write_text(json.dumps(entities), encoding="utf-8")
+    options = "--data", "texts.jsonl", "--threshold", 0, "--triples", "out/triples.jsonl"
+    call(infer, "runs/demo/ckpt.pt", *options)
+    lines = (folder / "out/triples.jsonl").read_text(encoding="utf-8").splitlines()
+    shown = json.loads(example("running.md", '{"id": "0", "subject"'))
+    assert list(json.loads(lines[0])) == list(shown)
+    assert list(json.loads(lines[0])["subject"]) == list(shown["subject"])
 
 
 @pytest.mark.slow
