@@ -78,7 +78,7 @@ class Parts:
         self.done = {int(path.name) for path in self.folder.iterdir() if path.name.isdigit()}
         worker.barrier()
         if self.done:
-            log(f"{self.folder}: {len(self.done)} chunks are done: going on after them")
+            log(f"{self.folder}: resuming; finished chunks: {len(self.done)}")
 
     def path(self, number: int, output: int) -> Path:
         return self.folder / (f"{number}-{output}" if output else str(number))

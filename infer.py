@@ -18,6 +18,7 @@ from common import InputError, Parser, exit_on_error, is_text, shorten
 # isort: split
 
 import argparse
+import csv
 import shlex
 from array import array
 from collections import Counter
@@ -225,7 +226,12 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
     headers = [""] if triples_out else [bulk.PREDICTIONS]
     n_truncated = parts.join(list(bulk.NEO4J) if as_csv else headers, n_chunks)
     note(predictor, n_truncated, [], log)
-    print(f"{' and '.join(map(str, outs))}: {seen.n} rows of {path}")
+    found = f"{seen.n} rows of {path}"
+    if triples_out:
+        with open(outs[0], encoding="utf-8", newline="") as file:
+            n_triples = sum(1 for _ in (csv.reader(file) if as_csv else file)) - as_csv  # a header
+        found = f"{n_triples} triples of {found}"
+    print(f"{' and '.join(map(str, outs))}: {found}")
     if skipped:
         more = [f"and {skipped.n - len(skipped)} more"] if skipped.n > len(skipped) else []
         print(f"left out {skipped.n} bad rows:", *skipped, *more, sep="\n  ")
