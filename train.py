@@ -156,6 +156,8 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
                     states = {name: part.state_dict() for name, part in parts.items()}
                     content = progress_content(settings, task.hash, progress)
                     saver(states, save_progress, folder, content)
+            if progress.step == steps:  # nothing is left to stop
+                continue
             if stopping or (evaluating and worker.any(stop.number > 0)):  # it may come meanwhile
                 saver.wait()
                 log(f"stopped after step {progress.step} of {steps}; the same command resumes")

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -288,3 +289,18 @@ def test_bad_data_is_one_line(call, tmp_path):
     found = "train.py: data/train.csv:2: subject_entity: found 'b'"
     expected = f"{found}, expected a dict literal or a JSON object"
     assert call(TRAIN, code=2).err.strip() == expected
+
+
+def test_a_signal_in_the_last_evaluation_lets_the_run_end(call, encoder_folder, tmp_path):
+    class Stopped(TaskWithoutFigures):
+        def evaluate(self, max_tokens):
+            signal.raise_signal(signal.SIGTERM)
+            return super().evaluate(max_tokens)
+
+    arguments = small(encoder_folder, "a", "--epochs", 1, "--limit", 60)
+    program = SimpleNamespace(
+        __file__="train.py",
+        main=lambda: train.run(parse_settings(Settings, "train.py", ""), Stopped),
+    )
+    assert "next:" in call(program, *arguments).out
+    assert json.loads((tmp_path / "a/summary.json").read_text())["finished"]
