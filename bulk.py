@@ -4,7 +4,7 @@ parts = Parts([out], key, worker, print)                 # the chunks that are d
 predict_chunks(chunks, predict_chunk, parts, worker, n_rows)
 parts.join([HEADER])                                     # writes `out`
 
-A killed run goes on after its last whole chunk. The processes of torchrun share the chunks.
+A killed run resumes after its last whole chunk. The processes of torchrun share the chunks.
 """
 
 import csv
@@ -12,7 +12,6 @@ import io
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from itertools import islice
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import InputError, atomic_write
+from common import InputError, atomic_write, bar_options
 from distributed import Worker
 from predictor import Predictor, version_of
 from rows import ENTITY_FIELDS, Row, Text
@@ -113,8 +112,8 @@ def predict_chunks(chunks: Iterator[list], predict_chunk: Callable, parts: Parts
     predict_chunk(rows) returns what Parts.write takes. Every process reads all chunks and predicts
     its share; an error in one of them is raised in all, so that the first one can report it.
     """
-    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs few lines
-    how = {"mininterval": interval, "delay": interval, "disable": worker.rank > 0}
+    how = bar_options(worker.rank > 0)
+    how["delay"] = how["mininterval"]
     number = 0
     with tqdm(total=n_rows, unit="row", leave=False, **how) as bar:
         while True:

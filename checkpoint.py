@@ -177,7 +177,7 @@ def save_progress(folder: Path, content: dict, states: dict):
 
 
 class Saver:
-    """Saves states: on a GPU a copy of them, in a thread, while the training goes on.
+    """Saves states: on a GPU a copy of them, in a thread, while training continues.
 
     The files of a large model take seconds to write. `wait` raises what a save has raised.
     """

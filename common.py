@@ -40,6 +40,11 @@ def expect_new_id(row_id: str, line: int, line_of: dict[str, int], where: str):
     line_of[row_id] = line
 
 
+def bar_options(hidden: bool) -> dict:
+    """Options of a tqdm bar: twice a second on a terminal, once a minute in a log file."""
+    return {"mininterval": 0.5 if sys.stderr.isatty() else 60, "disable": hidden}
+
+
 def shorten(value) -> str:
     """At most 60 characters of repr(value), which escapes line breaks and lone surrogates."""
     try:

@@ -19,9 +19,10 @@ from data import KLUE_LABELS, TYPES
 from predictor import Predictor
 
 KOREAN = dict(zip(KLUE_LABELS, (
-    "관계 없음/임직원/구성 단체/제품/직함/단체의 다른 이름/소속/본사 소재지/작품/구성원 수/자녀/"
-    "거주지/인물의 다른 이름/친척/동료/출신/형제자매/배우자/설립일/정치·종교 성향/상위 단체/부모/"
-    "해산일/학교/사망일/출생일/출생지/사망지/설립자/종교"
+    "관계 없음/임직원/구성 단체/제품/직함/단체의 다른 이름/소속/본사 소재지/"
+    "작품/구성원 수/자녀/거주지/인물의 다른 이름/친척/동료/출신/형제자매/배우자/"
+    "설립일/정치·종교 성향/상위 단체/부모/해산일/학교/사망일/출생일/출생지/"
+    "사망지/설립자/종교"
 ).split("/")))  # fmt: skip
 COLUMNS = ["subject", "relation", "object", "probability"]
 NEW = "label"  # the name that gradio gives to a new mark
@@ -29,8 +30,8 @@ NEXT = {"subject": "object", "object": "entity", "entity": "entity"}  # role of 
 EXAMPLES = [
     [("한태영", "subject PER"), ("의 생가가 있는 ", None), ("인천", "object LOC"),
      ("에는 해마다 많은 방문객이 찾아온다.", None)],
-    [("조지 해리슨", "entity PER"), ("은 ", None), ("비틀즈", "entity ORG"), ("와 ", None),
-     ("1969년", "entity DAT"), (" 앨범을 냈다.", None)],
+    [("조지 해리슨", "entity PER"), ("은 ", None), ("비틀즈", "entity ORG"),
+     ("와 ", None), ("1969년", "entity DAT"), (" 앨범을 냈다.", None)],
 ]  # fmt: skip
 
 

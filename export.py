@@ -265,9 +265,9 @@ def model_card(checkpoint: dict, model: RelationModel, onnx: bool) -> str:
     klue += "the licence above. The licence of the pretrained encoder holds too."
     other = "Not KLUE-RE's labels. Add the name and the licence of the data here."
     found = ", ".join(f"{name} {value}" for name, value in version.items() if value)
-    inputs = [f"`{name}` ({', '.join(map(str, shape.values()))})" for name, shape in
-              (input_shapes(model) | {"markers": {0: "batch", 1: 2}}).items()
-              if name in input_shapes(model)]  # fmt: skip
+    # the second dimension is 2 where it does not vary
+    shapes = {name: sorted(({1: 2} | x).items()) for name, x in input_shapes(model).items()}
+    inputs = [f"`{name}` ({', '.join(str(n) for _, n in x)})" for name, x in shapes.items()]
     described = ONNX.format(inputs=", ".join(inputs), pad_id=model.pad_id, n_labels=len(labels))
     return CARD.format(
         run=checkpoint["run"], n_labels=len(labels), version=found or "unknown",

@@ -57,7 +57,7 @@ def file_in(folder: Path, stem: str) -> Path | None:
 
 
 def read_records(path: Path, columns: list[str]):
-    """Yield (line, fields) for each record of a file. `columns` are those that a CSV must have.
+    """Yield (line, fields) for each record of a file. `columns`: names that a CSV must have.
 
     The line is the record's number in a JSON list, a Parquet file and a hub data set. For a CSV
     record with a wrong number of cells, (line, InputError) is yielded.

@@ -48,7 +48,7 @@ class CudaRecorder:
         """A function that replays what `function` launches, and returns the same tensors."""
         graph = torch.cuda.CUDAGraph()
         # The outer context restores the stream: that of a failed capture stays the current one.
-        # thread_local: the thread that saves may go on.
+        # thread_local: the thread that saves may use CUDA meanwhile.
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **how):
             result = function()

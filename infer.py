@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--threshold", type=float, metavar="P",
         help="the least probability of a triple (default: 0.5)")  # fmt: skip
     add("--sentence", help="predict this sentence instead of a file")
-    add("--subject", help="the subject in the sentence, as WORD:TYPE, such as 비틀즈:ORG, or WORD")
+    add("--subject", help="subject of the sentence, as WORD:TYPE, such as 비틀즈:ORG, or WORD")
     add("--object", help="the object in the sentence, likewise")
     add("--subject-at", type=int, metavar="N",
         help="where it starts, from 0, if the word is in the sentence more than once")  # fmt: skip

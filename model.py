@@ -6,8 +6,6 @@ loss = relation_loss(logits, batch.labels).sum()
 probs = predict(model, examples, Worker(torch.device("cpu")))      # (N, 30)
 """
 
-import sys
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tqdm import tqdm
 
 from attention import Dropout, last_rnn_states_on_cpu
-from common import InputError
+from common import InputError, bar_options
 from distributed import Worker
 from encoder import FlatEncoder
 from graphs import GraphedForward, is_capturable
@@ -144,8 +142,8 @@ def predict(model: RelationModel, examples: list[Example], worker: Worker, max_t
     batches = batches[worker.rank :: worker.world_size]
     shape = len(examples), model.classifier.out_features
     probs = torch.zeros(*shape, dtype=torch.float64, device=worker.device)
-    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs few lines
-    how = {"mininterval": interval, "delay": interval, "disable": worker.rank > 0 or not progress}
+    how = bar_options(worker.rank > 0 or not progress)
+    how["delay"] = how["mininterval"]
     forward = None
     many = len(batches) >= MANY_BATCHES and not hasattr(model, "rnn")
     if cuda_graphs and many and is_capturable(model, worker):

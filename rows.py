@@ -251,7 +251,7 @@ def entity_of(found, where: str) -> Entity:
 
 
 def text_of(record: dict, row_id, where: str):
-    """The same for {"sentence": …, "entities": […]} and a Text, whose entities are not compared."""
+    """Like row_of, for {"sentence": …, "entities": […]}: a Text. Entities may share a span."""
     expect(isinstance(record, dict), where, "row", record, "an object")
     sentence, found = record.get("sentence"), record.get("entities")
     expect(is_text(sentence) and not _is_missing(sentence), where, "sentence", sentence, "text")

@@ -68,7 +68,7 @@ class Task:
         raise NotImplementedError
 
     def next_commands(self, folders: list[Path]) -> str:
-        """The commands to go on with, for the folders of one or more runs."""
+        """The next commands to run, for the folders of one or more runs."""
         raise NotImplementedError
 
     def log_evaluation(self, writer, step: int):

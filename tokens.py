@@ -179,11 +179,11 @@ class Batch:
             target.copy_(tensor.pin_memory() if target.is_cuda else tensor, non_blocking=True)
 
     def pad(self, n_tokens: int, n_sentences: int, longest: int) -> "Batch":
-        """The batch with T = n_tokens and B = n_sentences: a CUDA graph needs constant shapes.
+        """Pad to T = n_tokens and B = n_sentences: a CUDA graph needs constant shapes.
 
-        Missing sentences have no tokens, the label IGNORED and targets of 0. The missing tokens, at
-        least one, form padding sentences of at most PAD_LENGTH tokens, as many as a padded size may
-        need.
+        Added sentences are empty and have the label IGNORED and zero targets. At least one token is
+        added. Added tokens form padding sentences of at most PAD_LENGTH tokens, whose number
+        depends on n_tokens only.
         """
         n, size = len(self.labels), len(self.ids)
         missing, n_padding = n_tokens - size, padding_step(n_tokens - 1) // PAD_LENGTH

@@ -11,7 +11,7 @@ from last.pt.
 """
 
 # First: it handles Ctrl-C while the others are imported.
-from common import InputError, exit_on_error
+from common import InputError, bar_options, exit_on_error
 
 # isort: split
 
@@ -113,9 +113,7 @@ def fit(task: Task, settings: TrainingSettings, stop: StopSignal, on_step) -> di
         writer.add_text("data", f"{settings.data} {task.about['version']}")
     window, batches, first, said = Window(worker), None, progress.step, False
     saver = Saver(worker.device)
-    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs few lines
-    how = {"unit": "step", "mininterval": interval, "disable": not is_first}
-    with tqdm(total=steps, initial=progress.step, **how) as bar:
+    with tqdm(total=steps, initial=progress.step, unit="step", **bar_options(not is_first)) as bar:
         while progress.step < steps and not progress.out_of_patience(settings.patience):
             epoch, i = divmod(progress.step, per_epoch)
             if i == 0 or batches is None:
