@@ -74,7 +74,8 @@ def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], ma
         ids = start + before[i] + middle + ids + after[i] + end
         segments = np.full(len(ids), segment_ids[1], dtype=np.int64)
         segments[:n_before] = segment_ids[0]
-        entities = np.pad(entities, ((0, 0), (n_before, n_after)))
+        inside, entities = entities, np.zeros((2, len(ids)), dtype=np.int64)
+        entities[:, n_before : len(ids) - n_after] = inside
         starts, ends = ((n_before + x[0], n_before + x[1]) for x in (starts, ends))
         label = number.get(rows[i].label, -1)
         ids = np.array(ids, dtype=np.int64)
