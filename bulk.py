@@ -1,7 +1,7 @@
 """Files of any length: read, predicted and written in chunks, in bounded memory.
 
 parts = Parts([out], key, worker, print)                 # the chunks that are done already
-predict_chunks(chunks, predict_chunk, parts, worker, n_rows)
+predict_chunks(chunks, predict_chunk, parts, worker, n_rows, size)
 parts.join([HEADER])                                     # writes `out`
 
 A killed run resumes after its last whole chunk. The processes of torchrun share the chunks.
@@ -106,24 +106,25 @@ class Parts:
 
 
 def predict_chunks(chunks: Iterator[list], predict_chunk: Callable, parts: Parts, worker: Worker,
-                   n_rows: int) -> int:  # fmt: skip
-    """Predict the chunks that are not done yet; returns their number.
+                   n_rows: int, size: int) -> int:  # fmt: skip
+    """Predict the chunks that are not done yet; returns the number of all, of `size` rows each.
 
     predict_chunk(rows) returns what Parts.write takes. Every process reads all chunks and predicts
     its share; an error in one of them is raised in all, so that the first one can report it.
     """
     how = bar_options(worker.rank > 0)
     how["delay"] = how["mininterval"]
-    number = 0
-    with tqdm(total=n_rows, unit="row", leave=False, **how) as bar:
+    number, n_done = 0, min(len(parts.done) * size, n_rows)  # for the speed of this process
+    with tqdm(total=n_rows, initial=n_done, unit="row", leave=False, **how) as bar:
         while True:
             error, first = None, number
             try:
                 for rank, rows in enumerate(islice(chunks, worker.world_size)):
-                    if rank == worker.rank and number not in parts.done:
+                    is_done = number in parts.done
+                    if rank == worker.rank and not is_done:
                         parts.write(number, *predict_chunk(rows))
                     number += 1
-                    bar.update(len(rows))
+                    bar.update(0 if is_done else len(rows))
             except InputError as found:
                 error = str(found)
             if errors := [message for message in worker.gather(error) if message]:

@@ -226,8 +226,8 @@ def read_text(path: str | Path) -> str:
 SIGNATURES = {
     b"PAR1": "a Parquet file: name it .parquet",
     b"ARROW1": "an Arrow file",
-    b"PK\x03\x04": "a ZIP archive, such as an Excel sheet or a checkpoint",
-    b"\xd0\xcf\x11\xe0": "an old Excel sheet",
+    b"PK\x03\x04": "a checkpoint, or an Excel sheet: save that as CSV",
+    b"\xd0\xcf\x11\xe0": "an old Excel sheet: save it as CSV",
     b"\x1f\x8b": "a gzip archive",
     b"\x80": "a pickle",
     b"SQLite": "a database",

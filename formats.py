@@ -85,9 +85,10 @@ def _json_records(path: Path):
                     content = parse_json(piece)
                     yield from enumerate(content, 1) if is_list else [(number, content)]
             except (ValueError, RecursionError) as error:
-                line = number - 1 + getattr(error, "lineno", 1)
+                line = getattr(error, "lineno", 1) if is_list else number
                 expected = "expected a JSON list, or an object on each line"
-                raise InputError(f"{path}:{line}: {expected}: {error}") from error
+                reason = getattr(error, "msg", error)  # without Python's own line number
+                raise InputError(f"{path}:{line}: {expected}: {reason}") from error
 
 
 def _parquet_records(path: Path):

@@ -219,7 +219,7 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
             return bulk.triples(rows, predictor, arguments.threshold, as_csv, progress)
         return bulk.predictions(rows, predictor, progress)
 
-    n_chunks = bulk.predict_chunks(chunks, predict_chunk, parts, worker, n_rows)
+    n_chunks = bulk.predict_chunks(chunks, predict_chunk, parts, worker, n_rows, size)
     if worker.rank > 0:
         return
     note_types(path, seen.types, predictor.labels, log)

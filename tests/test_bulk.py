@@ -4,6 +4,7 @@ import csv
 import json
 import tracemalloc
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -193,7 +194,7 @@ def test_an_error_of_another_process_is_raised_in_this_one(tmp_path):
     (tmp_path / ".a.csv.parts" / "key").write_text("k")
     parts = bulk.Parts([tmp_path / "a.csv"], "k", worker, print)
     with pytest.raises(InputError, match="a bad row"):
-        bulk.predict_chunks(iter([[1], [2], [3]]), lambda rows: (["x"], [0]), parts, worker, 3)
+        bulk.predict_chunks(iter([[1], [2], [3]]), lambda rows: (["x"], [0]), parts, worker, 3, 1)
     assert told == [None]
     assert parts.done == {1}  # the first process has chunk 0
 
@@ -217,7 +218,7 @@ def test_log_files_get_a_line_a_minute(monkeypatch, tmp_path):
     given = {}
     monkeypatch.setattr(bulk, "tqdm", lambda **how: given.update(how) or np.errstate())
     parts = SimpleNamespace(done=set(), folder=tmp_path)
-    assert bulk.predict_chunks(iter([]), None, parts, CPU, 0) == 0
+    assert bulk.predict_chunks(iter([]), None, parts, CPU, 0, 1) == 0
     assert given["mininterval"] == given["delay"] == 60
     assert not given["disable"]
 
@@ -308,3 +309,16 @@ def test_options_of_triples_are_checked(call, checkpoint, texts, tmp_path):
         (["--data", "texts.jsonl", "--threshold", 0.3], "--threshold is for --triples"),
     ]:
         assert message in call(infer, checkpoint, *options, code=2).err
+
+
+def test_the_speed_does_not_count_chunks_of_an_earlier_run(monkeypatch, tmp_path):
+    given, updates = {}, []
+    bar = MagicMock()
+    bar.__enter__().update = updates.append
+    monkeypatch.setattr(bulk, "tqdm", lambda **how: given.update(how) or bar)
+    parts = bulk.Parts([tmp_path / "a.csv"], "k", CPU, print)
+    for number in (0, 1):
+        parts.write(number, ["x"], [0])
+    chunks = iter([[1, 2], [3, 4], [5, 6], [7]])
+    bulk.predict_chunks(chunks, lambda rows: (["x"], [0]), parts, CPU, 7, 2)
+    assert (given["initial"], given["total"], updates) == (4, 7, [0, 0, 2, 1])
