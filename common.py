@@ -33,6 +33,13 @@ def expect(holds, where: str, field: str, found, expected: str):
         raise InputError(f"{where}: {field}: found {shorten(found)}, expected {expected}")
 
 
+def expect_field(record: dict, where: str, *names: str):
+    """Raise InputError unless the record has a field with one of these names."""
+    if not {*names} & {*record}:
+        found = f"found {shorten(', '.join(map(str, record)))}"
+        raise InputError(f"{where}: no field {' or '.join(names)}; {found}")
+
+
 def expect_new_id(row_id: str, line: int, line_of: dict[str, int], where: str):
     """Raise InputError if an earlier line has this id; else note its line in `line_of`."""
     unique = f"a unique id; line {line_of.get(row_id)} has it too"

@@ -11,6 +11,7 @@ import csv
 import re
 import unicodedata
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from common import (
     read_json,
     shorten,
 )
-from rows import COLUMNS, ENTITY_FIELDS, Entity, Row, compose, data_file, read_rows, version
+from formats import HUB
+from rows import COLUMNS, ENTITY_FIELDS, Entity, Row, compose, data_file, read_rows
 
 # In the order of the competition's dict_label_to_num.pkl, which the columns of `probs` follow.
 KLUE_LABELS = (
@@ -313,6 +315,13 @@ def write_rows(path: Path, rows: list[Row]):
         for row in rows:
             entities = [dict(zip(ENTITY_FIELDS, entity)) for entity in row[2:4]]
             writer.writerow([row.id, row.sentence, *entities, row.label or 100, row.source])
+
+
+def version(data: str, rows: list[Row]) -> dict:
+    """What identifies the state of a data set: its hub revision and a hash of its rows."""
+    found = HUB.fullmatch(str(data_file(data, "train").parent)) if data.startswith("hub:") else None
+    content = sha256(repr([row[:-1] for row in rows]).encode()).hexdigest()
+    return {"revision": found and found[2], "content": content[:16]}
 
 
 def download(folder: Path, hub: str):

@@ -28,9 +28,10 @@ from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from common import first_line
+from data import version
 from distributed import Worker
 from encoder import FlatEncoder, load_model, load_tokenizer
-from rows import data_file, read_rows, rows_to_predict, version
+from rows import data_file, read_rows, rows_to_predict
 from settings import TrainingSettings, parse_settings, setting
 from splits import DATA_SEED, subsample
 from task import Task

@@ -12,18 +12,18 @@ import ast
 import math
 import re
 import unicodedata
-from hashlib import sha256
 from itertools import zip_longest
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
-from common import InputError, expect, expect_new_id, is_text, parse_json, shorten
-from formats import HUB, data_file, file_in, read_records
+from common import InputError, expect, expect_field, expect_new_id, is_text, parse_json, shorten
+from formats import data_file, file_in, read_records
 
 COLUMNS = ("id", "sentence", "subject_entity", "object_entity")  # label and source are optional
 NEEDED = ("sentence", "subject_entity or subject", "object_entity or object")
 UNIQUE = 200_000  # rows of a file read in chunks whose ids are remembered: 40 MB
+ID = "a number or text, in all rows or in none"  # what an id is
 ENTITY_FIELDS = ("word", "start_idx", "end_idx", "type")
 
 
@@ -173,7 +173,8 @@ def _located(entity: Entity, sentence: str, where: str) -> Entity:
     expect(in_sentence, where, "start_idx, end_idx", (start, end), bounds)
     span = compose(sentence[start : end + 1])
     found = f"word {shorten(word)} but sentence[{start}:{end + 1}] is {shorten(span)}"
-    raise InputError(f"{where}: {found}{_look_alikes(word, span)}")
+    hint = f"; end_idx is inclusive: expected {end - 1}" if span[:-1] == word else ""
+    raise InputError(f"{where}: {found}{_look_alikes(word, span)}{hint}")
 
 
 def _look_alikes(a: str, b: str) -> str:
@@ -247,16 +248,24 @@ def entity_of(found, where: str) -> Entity:
     """The entity of a word, or of a dict with at least `word`; offsets may be None."""
     if isinstance(found, str):
         found = {"word": found.strip()}
+    elif isinstance(found, dict):
+        expect_field(found, where, "word")
+        other = {"start", "end"} & {*found} - {*ENTITY_FIELDS}
+        expect(not other, where, "offsets", sorted(other), "start_idx and end_idx (inclusive)")
     return _entity(found, where, offsets=False)
 
 
 def text_of(record: dict, row_id, where: str):
     """Like row_of, for {"sentence": …, "entities": […]}: a Text. Entities may share a span."""
     expect(isinstance(record, dict), where, "row", record, "an object")
-    sentence, found = record.get("sentence"), record.get("entities")
+    if "entities" not in record and {"subject", "subject_entity"} & {*record}:
+        raise InputError(f"{where}: found a subject, expected entities; leave out --triples")
+    expect_field(record, where, "sentence")
+    expect_field(record, where, "entities")
+    sentence, found = record["sentence"], record["entities"]
     expect(is_text(sentence) and not _is_missing(sentence), where, "sentence", sentence, "text")
     has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
-    expect(has_id, where, "id", row_id, "a number or text")
+    expect(has_id, where, "id", row_id, ID)
     expect(isinstance(found, (list, tuple)), where, "entities", found, "a list")
     names = [f"{where}: entities[{k}]" for k in range(len(found))]
     entities = [entity_of(entity, name) for entity, name in zip(found, names)]
@@ -270,9 +279,11 @@ def _given(record: dict, who: str, where: str) -> Entity:
     hint = "found entities, expected subject and object; --triples predicts all their pairs"
     if "entities" in record and who not in record and f"{who}_entity" not in record:
         raise InputError(f"{where}: {hint}")
+    expect_field(record, where, f"{who}_entity", who)
     entity = record.get(f"{who}_entity")
-    if entity is not None or record.get(who) is None:
+    if entity is not None or who not in record:
         return _entity(entity, f"{where}: {who}_entity")
+    expect(not _is_missing(record[who]), where, who, record[who], "a word of the sentence")
     entity, type_ = entity_of(record[who], f"{where}: {who}"), record.get(f"{who}_type")
     has_type = _is_missing(type_) or is_text(type_)
     expect(has_type, where, f"{who}_type", type_, "text such as PER")
@@ -282,17 +293,21 @@ def _given(record: dict, who: str, where: str) -> Entity:
 def _id(record):
     """The id of a record, also named guid; None if it has none."""
     fields = record if isinstance(record, dict) else {}
-    return fields.get("guid") if fields.get("id") is None else fields["id"]
+    found = fields.get("guid") if fields.get("id") is None else fields["id"]
+    if isinstance(found, float):  # what pandas makes of whole numbers if some are missing
+        return None if math.isnan(found) else int(found) if found.is_integer() else found
+    return found
 
 
 def _row(record: dict, row_id, where: str) -> Row:
     """The row of a record. The labels 100 (competition) and -1 (hub) mean no label."""
-    sentence, label = record.get("sentence"), record.get("label")
+    expect_field(record, where, "sentence")
+    sentence, label = record["sentence"], record.get("label")
     has_sentence = is_text(sentence) and not _is_missing(sentence)
     expect(has_sentence, where, "sentence", sentence, "text")
     entities = [_given(record, who, where) for who in ("subject", "object")]
     has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
-    expect(has_id, where, "id", row_id, "a number or text")
+    expect(has_id, where, "id", row_id, ID)
     has_text = _is_missing(label) or _is_number(label) or is_text(label)
     expect(has_text, where, "label", label, "a relation's name")
     label = None if _is_missing(label) else re.sub(r"^(-?\d+)\.0*$", r"\1", str(label).strip())
@@ -360,10 +375,3 @@ def _parse_cell(text: str):
     if len(set(keys)) < len(keys):
         raise ValueError("a key stands twice")
     return ast.literal_eval(tree)
-
-
-def version(data: str, rows: list[Row]) -> dict:
-    """What identifies the state of a data set: its hub revision and a hash of its rows."""
-    found = HUB.fullmatch(str(data_file(data, "train").parent)) if data.startswith("hub:") else None
-    content = sha256(repr([row[:-1] for row in rows]).encode()).hexdigest()
-    return {"revision": found and found[2], "content": content[:16]}

@@ -13,8 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from common import InputError
-from data import KLUE_LABELS, find_labels, note_unknown_types, with_known_labels, with_label_names
-from rows import Row, compose, data_file, read_rows, rows_to_predict, version
+from data import (
+    KLUE_LABELS,
+    find_labels,
+    note_unknown_types,
+    version,
+    with_known_labels,
+    with_label_names,
+)
+from rows import Row, compose, data_file, read_rows, rows_to_predict
 from settings import Settings
 
 DATA_SEED = 42  # of --limit and the splits: runs with different seeds use the same rows

@@ -12,8 +12,8 @@ import data
 import infer
 import train
 from common import InputError
-from data import KLUE_LABELS
-from rows import ENTITY_FIELDS, data_file, read_rows, version
+from data import KLUE_LABELS, version
+from rows import ENTITY_FIELDS, data_file, read_rows
 from tests.helpers import SAMPLE, write_rows
 
 TEXT, NUMBER = datasets.Value("string"), datasets.Value("int32")

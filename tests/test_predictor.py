@@ -62,8 +62,10 @@ def test_rows_are_dicts_with_words_offsets_or_the_competitions_entities(predicto
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**WORDS}, "row 1: sentence: found None, expected text"),
-        ({"sentence": TEXT}, "row 1: subject_entity: found None, expected a dict of word"),
+        ({**WORDS}, "row 1: no field sentence; found 'subject, "),
+        ({"sentence": None}, "row 1: sentence: found None, expected text"),
+        ({"sentence": TEXT, "subj": "a"}, "row 1: no field subject_entity or subject; found 'sent"),
+        ({"sentence": TEXT, "subject": None}, "row 1: subject: found None, expected a word of"),
         ({"sentence": TEXT, **WORDS, "object": "서울"}, "row 1: object: word: found '서울', expec"),
         ({"sentence": TEXT, **WORDS, "object": 3}, "row 1: object: found 3, expected a dict"),
         ({"sentence": TEXT, **WORDS, "object_type": 3}, "row 1: object_type: found 3"),

@@ -12,7 +12,7 @@ import pytest
 
 import infer
 from common import InputError
-from data import KLUE_LABELS, Template, with_known_labels, with_label_names
+from data import KLUE_LABELS, Template, version, with_known_labels, with_label_names
 from encoder import load_tokenizer
 from metrics import read_predictions
 from rows import (
@@ -23,7 +23,7 @@ from rows import (
     normalized,
     read_rows,
     rows_to_predict,
-    version,
+    text_of,
 )
 from tests.helpers import SAMPLE, decomposed, nfd, write_rows
 from tests.helpers import row as made_row
@@ -271,7 +271,7 @@ VALID = {
     ("name", "content", "message"),
     [
         ("a.json", "{", r"a.json:1: expected a JSON list, or an object on each line: Expecting"),
-        ("a.json", '{"a": 1}', r"a.json:1: sentence: found None, expected text"),
+        ("a.json", '{"a": 1}', r"a.json:1: no field sentence; found 'a'"),
         ("a.json", "[" * 100_000, r"a.json:1: expected a JSON list, or an object on each"),
         ("a.jsonl", json.dumps(VALID) + "\n{\n", r"a.jsonl:2: expected a JSON list, or an object"),
         ("a.jsonl", json.dumps({**VALID, "guid": "\ud800"}), r"a.jsonl:1: id: found '\\ud800'"),
@@ -280,7 +280,7 @@ VALID = {
         ("a.jsonl", json.dumps({**VALID, "label": "\ud800"}), r"a.jsonl:1: label: found '\\ud800'"),
         ("a.jsonl", "1\n", r"a.jsonl:1: row: found 1, expected an object"),
         ("a.json", "[[1]]", r"a.json:1: row: found \[1\], expected an object"),
-        ("a.jsonl", '{"guid": "0"}\n', r"a.jsonl:1: sentence: found None, expected text"),
+        ("a.jsonl", '{"guid": "0"}\n', r"a.jsonl:1: no field sentence; found 'guid'"),
         (
             "a.jsonl",
             '{"guid": "0", "sentence": "\\ud83d"}\n',
@@ -461,3 +461,30 @@ def test_a_version_depends_on_the_rows_but_not_on_their_file(tmp_path, rows):
     assert version("a", rows)["revision"] is None
     assert version("a", rows) != version("a", rows[::-1])
     assert version("a", rows) != version("a", [rows[0]._replace(label="per:x"), *rows[1:]])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"entities": [{"word": "김", "end": 1}]}, r"entities\[0\]: offsets: found \['end'\], exp"),
+        ({"entities": [{"text": "김"}]}, r"entities\[0\]: no field word; found 'text'"),
+        ({"subject": "김"}, "found a subject, expected entities; leave out --triples"),
+        ({"text": "김은"}, "no field entities; found 'sentence, text'"),
+        ({"entities": [{"word": "김", "start_idx": 0, "end_idx": 1}]}, "inclusive: expected 0"),
+    ],
+)
+def test_a_sentence_with_wrong_entities_says_what_is_expected(changed, message):
+    with pytest.raises(InputError, match=message):
+        text_of({"sentence": "김은 이와"} | changed, 0, "f:1")
+
+
+def test_ids_that_pandas_made_floats_are_whole_numbers(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [VALID | {"id": 0.0}, VALID | {"id": 3.0}])
+    assert [r.id for r in read_rows(tmp_path / "a.jsonl")] == ["0", "3"]
+    write_lines(tmp_path / "b.jsonl", [VALID | {"id": 0.0}, VALID | {"id": math.nan}])
+    with pytest.raises(InputError, match=r"b.jsonl:2: id: found None, expected a number or text"):
+        read_rows(tmp_path / "b.jsonl")
+
+
+def write_lines(path, records):
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
