@@ -7,7 +7,6 @@ parts.join([HEADER])                                     # writes `out`
 A killed run resumes after its last whole chunk. The processes of torchrun share the chunks.
 """
 
-import csv
 import io
 import json
 import math
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import InputError, atomic_write, bar_options
+from common import InputError, atomic_write, bar_options, csv_writer
 from distributed import Worker
 from predictor import Predictor, version_of
 from rows import ENTITY_FIELDS, Row, Text
@@ -64,7 +63,7 @@ class Parts:
         self.folder = outs[0].with_name(f".{outs[0].name}.parts")
         known, key_file = "", self.folder / "key"
         if key_file.is_file():
-            known = key_file.read_text(encoding="utf-8")
+            known = key_file.read_text(encoding="utf-8", errors="replace")
         worker.barrier()  # every process must have read it
         if worker.rank == 0 and known != key:
             if known:
@@ -177,5 +176,5 @@ def triples(texts: list[Text], predictor: Predictor, threshold: float, as_csv: b
 
 def csv_text(records) -> str:
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(records)
+    csv_writer(text).writerows(records)
     return text.getvalue()

@@ -20,6 +20,7 @@ import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from common import InputError, atomic_write, expect, first_line, read_json, read_text
+from data import MARKERS, PROMPTS, TYPE_NAMES, Template
 from distributed import Worker
 from encoder import text_encoder
 from model import RelationModel
@@ -83,18 +85,18 @@ def _check_format(path: str | Path, content, expected: str):
 # --- ckpt.pt ----------------------------------------------------------------------------------
 
 RELATION_FILE, HEAD_FILE = "relation.json", "head.safetensors"
-RELATION_KEYS = (
-    "labels", "model_options", "template", "max_length", "negative_factor", "run", "data",
-    "version", "scores", "tokenizer_files",
-)  # fmt: skip
+RELATION_KEYS = {
+    "labels": list, "model_options": dict, "template": dict, "max_length": int,
+    "negative_factor": Real, "run": str, "data": str, "version": dict, "scores": dict,
+    "tokenizer_files": list,
+}  # fmt: skip
 
 
 def _read_folder(folder: Path, expected: str) -> dict:
     """The content of a folder that export.py wrote, as `load_checkpoint` gives that of ckpt.pt."""
     content = read_json(folder / RELATION_FILE, "what infer.py --export writes")
     _check_format(folder / RELATION_FILE, content, expected)
-    missing = ", ".join(key for key in RELATION_KEYS if key not in content)
-    expect(not missing, folder / RELATION_FILE, "keys", list(content), f"{missing} too")
+    _check_relation(folder / RELATION_FILE, content)
     names = content.pop("tokenizer_files")
     content["tokenizer"] = {name: read_text(folder / Path(name).name) for name in names}
     content["encoder"] = read_text(folder / "config.json")
@@ -106,6 +108,21 @@ def _read_folder(folder: Path, expected: str) -> dict:
             raise DamagedFile(f"{folder / file}: cannot be read: {first_line(error)}") from error
         weights |= {prefix + name: weight for name, weight in found.items()}
     return content | {"weights": weights}
+
+
+def _check_relation(path: Path, content: dict):
+    """InputError unless relation.json, which people may edit, has what a checkpoint has."""
+    missing = ", ".join(key for key in RELATION_KEYS if key not in content)
+    expect(not missing, path, "keys", list(content), f"{missing} too")
+    for key, kind in RELATION_KEYS.items():
+        expected = "a number" if kind == Real else f"the type {kind.__name__}"
+        expect(isinstance(content[key], kind), path, key, content[key], expected)
+    temperature = content.get("temperature", 1.0)  # older ones have none
+    is_positive = isinstance(temperature, Real) and temperature > 0
+    expect(is_positive, path, "temperature", temperature, "a number above 0")
+    for name, known in zip(Template._fields, (MARKERS, PROMPTS, TYPE_NAMES)):
+        found = content["template"].get(name)
+        expect(found in known, path, f"template: {name}", found, f"one of {', '.join(known)}")
 
 
 def save_checkpoint(path: str | Path, model: RelationModel, tokenizer, **content):
@@ -123,16 +140,23 @@ def save_checkpoint(path: str | Path, model: RelationModel, tokenizer, **content
 
 def restore(checkpoint: dict):
     """(model in evaluation mode, tokenizer) of a ckpt.pt; needs no network."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in checkpoint["tokenizer"].items():
-            if Path(name).name != name:
-                raise InputError(f"tokenizer file {name!r}: expected a file name without folders")
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    config = AutoConfig.for_model(**json.loads(checkpoint["encoder"]))
-    encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    encoder = text_encoder(encoder)
-    model = RelationModel(encoder, len(checkpoint["labels"]), **checkpoint["model_options"])
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in checkpoint["tokenizer"].items():
+                if Path(name).name != name:
+                    found = f"tokenizer file {name!r}"
+                    raise InputError(f"{found}: expected a file name without folders")
+                (Path(folder) / name).write_text(text, encoding="utf-8")
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.for_model(**json.loads(checkpoint["encoder"]))
+        encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        encoder = text_encoder(encoder)
+        model = RelationModel(encoder, len(checkpoint["labels"]), **checkpoint["model_options"])
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # files of a folder that somebody edited raise any kind
+        run, found = checkpoint["run"], f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"the model of the run {run!r} cannot be made: {found}") from error
     try:
         model.load_state_dict(checkpoint["weights"])
     except RuntimeError as error:  # other versions may name or shape weights differently

@@ -21,6 +21,7 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 
 class InputError(Exception):
@@ -304,6 +305,15 @@ def read_csv(path: str | Path, columns: tuple[str, ...], with_bad: bool = False)
                 line = reader.line_num + 1  # a quoted cell may span several lines
     except csv.Error as error:
         raise InputError(f"{path}:{line}: broken CSV: {error}") from error
+
+
+def csv_writer(file):
+    """A csv.writer whose records end with "\\n".
+
+    With that as its lineterminator, csv would not quote "\\r", which ends a record when it is read.
+    """
+    write = lambda line: file.write(line.removesuffix("\r\n") + "\n")  # noqa: E731
+    return csv.writer(SimpleNamespace(write=write))
 
 
 def _header(cells: list[str], columns: tuple[str, ...], where: str) -> list[str]:

@@ -7,7 +7,6 @@ python data.py --download                          # KLUE-RE from the Hugging Fa
 python data.py --diff old/train.csv new/train.csv  # rows added, removed and relabelled
 """
 
-import csv
 import re
 import unicodedata
 from collections import Counter
@@ -19,6 +18,7 @@ from common import (
     InputError,
     Parser,
     atomic_write,
+    csv_writer,
     exit_on_error,
     is_text,
     printable,
@@ -310,7 +310,7 @@ def print_diff(old: str, new: str, order: str):
 def write_rows(path: Path, rows: list[Row]):
     """Write rows as the competition's CSV; the label of a row without one is 100."""
     with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         writer.writerow([*COLUMNS, "label", "source"])
         for row in rows:
             entities = [dict(zip(ENTITY_FIELDS, entity)) for entity in row[2:4]]

@@ -44,6 +44,8 @@ class Worker:
         "auto" chooses the same dtype on all processes: GradScaler scales fp16 gradients, so they
         cannot be added to bf16 gradients of another GPU.
         """
+        if amp not in ("auto", *DTYPES):
+            raise InputError(f"--amp: found {amp!r}, expected auto, {', '.join(DTYPES)}")
         cuda = self.device.type == "cuda"
         if amp == "auto":
             if cuda:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -40,13 +41,15 @@ def export(checkpoint: dict, folder: Path, log):
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"--export {folder}: found it, expected a new or an empty folder")
-    model, tokenizer = restore(checkpoint)
+    if folder.resolve() == Path.cwd():  # it is replaced, and the shell would stay in the old one
+        raise InputError(f"--export {folder}: found the current folder, expected a new one")
+    model, _ = restore(checkpoint)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir(parents=True)
-        tokenizer.save_pretrained(temporary)
-        names = sorted(path.name for path in temporary.iterdir())
+        for name, text in checkpoint["tokenizer"].items():
+            (temporary / name).write_text(text, encoding="utf-8")
         model.encoder.save_pretrained(temporary, max_shard_size="1TB")
         weights = model.state_dict()
         head = {name: w for name, w in weights.items() if not name.startswith("encoder.")}
@@ -55,7 +58,9 @@ def export(checkpoint: dict, folder: Path, log):
         about = {key: value for key, value in checkpoint.items() if key not in left_out}
         if not about["data"].startswith("hub:"):
             about["data"] = "data"  # the path may be private
-        text = json.dumps(about | {"tokenizer_files": names}, ensure_ascii=False, indent=1)
+        text = json.dumps(
+            about | {"tokenizer_files": [*checkpoint["tokenizer"]]}, ensure_ascii=False, indent=1
+        )
         (temporary / RELATION_FILE).write_text(text, encoding="utf-8")
         _check(temporary, weights)
         problem = write_onnx(model, checkpoint, temporary / "model.onnx")
@@ -64,10 +69,9 @@ def export(checkpoint: dict, folder: Path, log):
         card = model_card(checkpoint, model, onnx=not problem)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         os.replace(temporary, folder)
-    except OSError as error:
-        raise InputError(
-            f"--export {folder}: cannot be written: {error.strerror or error}"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        found = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"--export {folder}: cannot be written: {found}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -116,21 +120,17 @@ class PaddedModel(nn.Module):
         if hasattr(model, "rnn"):
             features = self.last_rnn_states(states, mask)
         else:
-            tokens = (
-                mask.sum(1, keepdim=True) - 1 if model.is_causal else torch.zeros_like(ids[:, :1])
-            )
+            last = mask.sum(1, keepdim=True) - 1
+            tokens = last if model.is_causal else torch.zeros_like(last)
             tokens = torch.cat([tokens, given["markers"]], 1) if "markers" in given else tokens
-            features = states.gather(1, tokens[:, :, None].expand(-1, -1, states.shape[2])).flatten(
-                1
-            )
+            tokens = tokens[:, :, None].expand(-1, -1, states.shape[2])
+            features = states.gather(1, tokens).flatten(1)
         return ((model.classify(features) + self.shift) / self.temperature).softmax(1)
 
     def last_rnn_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The last state of either direction: the second runs over the reversed sentences."""
-        last, position = (
-            mask.sum(1, keepdim=True) - 1,
-            mask.cumsum(1) - 1,
-        )  # padding repeats the last
+        last = mask.sum(1, keepdim=True) - 1
+        position = mask.cumsum(1) - 1  # padding repeats the last one
         found = []
         for rnn, order in zip(self.directions, (position, last - position)):
             out, _ = rnn(states.gather(1, order[:, :, None].expand_as(states)))

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", help="file to write (default: out/<run>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")
     add("--skip-bad-rows", action="store_true",
         help="leave bad rows out; otherwise the first is an error")  # fmt: skip
-    add("--label-order", default="", metavar="ORDER",
+    add("--label-order", metavar="ORDER",
         help="what gold labels that are class numbers mean, as in train.py")  # fmt: skip
     add("--triples", metavar="OUT", help="write the relations between the entities of each "
         "sentence of --data: JSON lines, or .csv for Neo4j's import")  # fmt: skip
@@ -76,6 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-tokens", type=int, default=16384, metavar="N",
         help="tokens per batch on a GPU (default: 16384; on a CPU at most 4096)")  # fmt: skip
     arguments = parser.parse_args()
+    for name, value in vars(arguments).items():
+        if value == "":  # a shell variable that is not set
+            raise InputError(f"--{name.replace('_', '-')}: found nothing, expected a value")
     one = (arguments.sentence, arguments.subject, arguments.object)
     if any(one) and not all(one):
         raise InputError("--sentence, --subject and --object: expected all three or none")
@@ -198,8 +201,9 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
     outs = [out, out.with_suffix(".nodes.csv")] if as_csv else [out]
     read = {Path(file).resolve() for file in (path, *arguments.checkpoints)}
     for file in outs:
-        if file.is_dir():
-            raise InputError(f"{file}: expected the name of a file, found a folder")
+        if file.exists() and not file.is_file():
+            found = "a folder" if file.is_dir() else "a device or a pipe"
+            raise InputError(f"{file}: expected the name of a file, found {found}")
         if file.resolve() in read:
             option = "--triples" if triples_out else "--out"
             raise InputError(f"{option} {file}: expected another file than those that are read")
@@ -209,7 +213,7 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
     options = [size, arguments.skip_bad_rows, arguments.threshold, len(outs), str(triples_out)]
     parts = bulk.Parts(outs, bulk.key_of(path, predictor, *options), worker, log)
     skipped = bulk.Skipped() if arguments.skip_bad_rows else None
-    chunks = read_chunks(path, make, size, skipped, log, unique_ids=not triples_out)
+    chunks = read_chunks(path, make, size, skipped, log, not triples_out, predictor.check)
     seen = Seen(arguments.label_order, predictor, log)
     chunks = seen.texts(chunks) if triples_out else seen.rows(chunks)
 
@@ -242,7 +246,7 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
 class Seen:
     """What the chunks of a file have had: rows, entity types, gold labels."""
 
-    def __init__(self, label_order: str, predictor: Predictor, log):
+    def __init__(self, label_order: str | None, predictor: Predictor, log):
         self.label_order, self.predictor, self.log = label_order, predictor, log
         self.labels = predictor.labels
         self.n, self.types, self.gold = 0, Counter(), array("h")  # -1: no label the model knows

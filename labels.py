@@ -9,7 +9,6 @@ that it has learned, right or wrong.
 """
 
 import argparse
-import csv
 import glob
 from collections import Counter
 from itertools import chain, combinations
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis import type_pair
-from common import InputError, atomic_write, expect, optional_import
+from common import InputError, atomic_write, csv_writer, expect, optional_import
 from data import find_labels, with_known_labels, with_label_names
 from metrics import (
     Predictions,
@@ -200,7 +199,7 @@ def write_suspects(path: str | Path, suspects: Suspects) -> int:
         signs.setdefault(row.id, []).append("types")
     rows = {row.id: row for row in suspects.rows}
     with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         writer.writerow("id label new_label found_by quality types subject object sentence".split())
         for row_id, found_by in signs.items():
             row, quality = rows[row_id], suspects.issues.get(row_id, "")

@@ -7,7 +7,6 @@
 Scores are percentages. Class 0 is the negative label (no_relation).
 """
 
-import csv
 import itertools
 import json
 import math
@@ -17,7 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import InputError, atomic_write, expect, expect_new_id, read_csv, read_json
+from common import (
+    InputError,
+    atomic_write,
+    csv_writer,
+    expect,
+    expect_new_id,
+    read_csv,
+    read_json,
+)
 from data import KLUE_LABELS
 
 # --- files ------------------------------------------------------------------------------------
@@ -53,7 +60,7 @@ def write_predictions(
     columns = {"id": ids} | ({"label": gold} if gold else {})
     columns |= {"pred_label": predicted, "probs": map(json.dumps, probs.tolist())}
     with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
 

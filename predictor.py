@@ -9,8 +9,8 @@ See docs/python.md.
 """
 
 import os
-from collections.abc import Sequence
-from itertools import islice, permutations
+from collections.abc import Mapping, Sequence
+from itertools import chain, islice, permutations
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -20,8 +20,8 @@ import transformers
 
 from calibration import temper
 from checkpoint import load_checkpoint, restore
-from common import InputError
-from data import MARKERS, Template
+from common import InputError, expect
+from data import MARKERS, TYPES, Template
 from distributed import Worker, local_device
 from metrics import scale_negative
 from model import predict
@@ -145,8 +145,12 @@ class Predictor:
 
     def __call__(self, batch: dict[str, Sequence]) -> dict[str, Sequence]:
         """The columns of `batch` and pred_label, probability and probs, in the order of labels."""
-        columns = [getattr(values, "tolist", lambda v=values: v)() for values in batch.values()]
-        records = [dict(zip(batch, values)) for values in zip(*columns, strict=True)]
+        if not isinstance(batch, Mapping):
+            raise InputError(f"batch: found a {type(batch).__name__}, expected a dict of columns")
+        columns = {name: _as_list(values) for name, values in batch.items()}
+        lengths = {name: len(values) for name, values in columns.items()}
+        expect(len({*lengths.values()}) < 2, "batch", "rows", lengths, "columns of one length")
+        records = [dict(zip(columns, values)) for values in zip(*columns.values())]
         found = [row_of(record, n, f"row {n} of the batch")[0] for n, record in enumerate(records)]
         probs, _ = self.probabilities(found)
         predicted = [self.labels[best] for best in probs.argmax(1)]
@@ -170,6 +174,7 @@ class Predictor:
     def relations(self, texts: list[Text], threshold: float, progress: bool = False):
         """(relations of each text, numbers of truncated rows): a relation is (number of the
         subject, label, number of the object, probability); see `triples`."""
+        expect(threshold <= 1, "triples", "threshold", threshold, "at most 1")
         found, n_truncated = [[] for _ in texts], np.zeros(len(self.models), dtype=int)
         pairs = self._pairs(texts)
         while rows := list(islice(pairs, SLICE)):
@@ -182,19 +187,40 @@ class Predictor:
         return found, n_truncated.tolist()
 
     def _pairs(self, texts: list[Text]):
-        """Yield (number of the text, of the subject, of the object, row) for each ordered pair."""
+        """Yield (number of the text, of the subject, of the object, row) for each ordered pair that
+        may have a relation."""
+        # The pairs of the training rows tell nothing about types that are missing or unknown.
+        known = {*TYPES, *chain.from_iterable(self.pairs or ())}
         for number, text in enumerate(texts):
             for s, o in permutations(range(len(text.entities)), 2):
                 subject, obj = text.entities[s], text.entities[o]
-                types = subject.type, obj.type
-                if self.pairs is None or None in types or types in self.pairs:
+                types, same_span = (subject.type, obj.type), subject[1:3] == obj[1:3]
+                may = self.pairs is None or types in self.pairs or not known.issuperset(types)
+                if may and not same_span:
                     yield number, s, o, Row("", text.sentence, subject, obj, None, "", text.where)
 
+    def check(self, found: Row | Text):
+        """InputError if an entity has no type, but the markers of a model need one."""
+        rows = [found] if isinstance(found, Row) else (row for *_, row in self._pairs([found]))
+        for row in rows:
+            if None in (row.subject.type, row.object.type):
+                for model in self.models:
+                    model.template.render(row)
 
-def version_of(path: str) -> tuple[int, int]:
-    """Size and time of the last change of a file: another version has others."""
+
+def version_of(path: str | Path) -> list[tuple[str, int, int]]:
+    """(name, size, time of the last change) of a file, or of each file of a folder: another version
+    has others."""
+    path = Path(path)
     try:
-        found = Path(path).stat()
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = [(file.name, file.stat()) for file in files]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return found.st_size, found.st_mtime_ns
+    return [(name, about.st_size, about.st_mtime_ns) for name, about in found]
+
+
+def _as_list(values) -> list:
+    """A column as a list: NumPy's, pandas's and torch's have tolist, pyarrow's to_pylist."""
+    convert = getattr(values, "tolist", None) or getattr(values, "to_pylist", None)
+    return convert() if convert else list(values)

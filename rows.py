@@ -71,10 +71,11 @@ def read_rows(
 
 
 def read_chunks(path: str | Path, make, size: float, skipped: list[str] | None = None, log=print,
-                unique_ids: bool = False):  # fmt: skip
+                unique_ids: bool = False, check=None):  # fmt: skip
     """Yield lists of at most `size` rows, read one after the other; see `read_rows`.
 
     `make` is row_of or text_of. In chunks, ids are compared with those of UNIQUE rows only.
+    check(row) may raise InputError for more rows that are bad.
     """
     columns = NEEDED if make is row_of else ("sentence",)
     numbered = all(_id(record) is None for _, record in read_records(Path(path), columns))
@@ -88,6 +89,8 @@ def read_chunks(path: str | Path, make, size: float, skipped: list[str] | None =
             expect(isinstance(record, dict), where, "row", record, "an object")
             row_id = number if numbered else _id(record)
             row, ambiguous, composed = make(record, row_id, where)
+            if check:
+                check(row)
             if unique_ids and not numbered and n_rows < max(UNIQUE, size):
                 expect_new_id(row.id, line, line_of, where)
         except InputError as error:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import tracemalloc
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -12,7 +13,7 @@ import pytest
 import bulk
 import infer
 from common import InputError
-from metrics import read_predictions
+from metrics import read_predictions, write_predictions
 from predictor import Predictor
 from rows import ENTITY_FIELDS, locate, read_chunks, read_rows, row_of
 from tests.helpers import CPU, nfd, row, write_rows
@@ -182,6 +183,60 @@ def test_a_bad_row_leaves_the_chunks_before_it_and_no_empty_folder(
     write_rows(tmp_path / "test.csv", [rows[0]._replace(id=" ")])
     call(infer, checkpoint, "--data", "test.csv", code=2)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_rows_without_types_are_bad_for_markers_that_need_them(
+    call, checkpoint, rows, tmp_path, chunks_of_seven
+):
+    untyped = rows[9]._replace(subject=rows[9].subject._replace(type=None))
+    write_rows(tmp_path / "test.csv", [*rows[:9], untyped, *rows[10:20]])
+    expected = "test.csv:11: subject_entity: no type, which --marker typed_entity_marker_punct"
+    assert expected in call(infer, checkpoint, "--data", "test.csv", code=2).err
+    printed = call(infer, checkpoint, "--data", "test.csv", "--skip-bad-rows").out
+    assert f"left out 1 bad rows:\n  {expected}" in printed
+    ids = read_predictions(str(tmp_path / "out/run.csv")).ids
+    assert ids == [r.id for r in rows[:20] if r is not rows[9]]
+    texts = [{"sentence": "가 나", "entities": ["가", *more]} for more in ([], ["나"])]
+    write_records(tmp_path / "texts.jsonl", texts)
+    command = checkpoint, "--data", "texts.jsonl", "--triples", "a.jsonl", "--skip-bad-rows"
+    printed = call(infer, *command).out
+    assert "0 triples of 1 rows" in printed
+    assert "left out 1 bad rows:\n  texts.jsonl:2: subject_entity: no type" in printed
+
+
+@pytest.mark.parametrize("name", ["data", "out", "triples", "export", "sentence", "label-order"])
+def test_an_option_without_a_value_is_an_error(call, checkpoint, name):
+    refused = call(infer, checkpoint, f"--{name}", "", code=2).err
+    assert f"--{name}: found nothing, expected a value" in refused
+
+
+def test_a_pipe_is_not_replaced_by_a_file(call, checkpoint, rows, tmp_path):
+    write_rows(tmp_path / "test.csv", rows[:3])
+    os.mkfifo(tmp_path / "pipe")
+    refused = call(infer, checkpoint, "--data", "test.csv", "--out", "pipe", code=2).err
+    assert "pipe: expected the name of a file, found a device or a pipe" in refused
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_ids_with_line_ends_are_read_back(call, checkpoint, tmp_path):
+    row = {"sentence": "가 나", "subject": {"word": "가", "type": "PER"}}
+    row["object"] = {"word": "나", "type": "PER"}
+    records = [row | {"id": id_} for id_ in ("a\rb", "a\nb", "a\r\n", 'a"')]
+    write_records(tmp_path / "test.jsonl", records)
+    call(infer, checkpoint, "--data", "test.jsonl")
+    assert b"\r\n" not in (tmp_path / "out/run.csv").read_bytes().replace(b"a\r\n", b"")
+    found = read_predictions(str(tmp_path / "out/run.csv"))
+    assert found.ids == [record["id"] for record in records]
+    write_predictions(tmp_path / "b.csv", found.ids, found.predicted, found.probs)
+    assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "out/run.csv").read_bytes()
+
+
+def test_a_damaged_key_starts_over(tmp_path):
+    (tmp_path / ".a.csv.parts").mkdir()
+    (tmp_path / ".a.csv.parts/key").write_bytes(b"\xff")
+    lines = []
+    assert bulk.Parts([tmp_path / "a.csv"], "k", CPU, lines.append).done == set()
+    assert "starting over" in lines[0]
 
 
 def test_an_error_of_another_process_is_raised_in_this_one(tmp_path):

@@ -2,8 +2,10 @@
 
 import json
 import re
+import resource
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +146,23 @@ def test_a_folder_with_files_is_left_alone(call, checkpoint, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
 
 
+def test_the_current_folder_is_not_replaced(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"--export \.: found the current folder, expected a new"):
+        export(load_checkpoint(checkpoint), Path(), print)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_folder(checkpoint, tmp_path):
+    content, before = load_checkpoint(checkpoint), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # below model.safetensors
+    try:
+        with pytest.raises(InputError, match=r"--export \S+: cannot be written: .*File too large"):
+            export(content, tmp_path / "out", print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_encoder_that_transformers_would_not_read_back_is_refused(checkpoint, tmp_path):
     small = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     config = transformers.MT5Config(**small, vocab_size=99, dropout_rate=0)
@@ -155,17 +174,29 @@ def test_an_encoder_that_transformers_would_not_read_back_is_refused(checkpoint,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_folder_is_one_line(call, checkpoint, tmp_path):
-    content = load_checkpoint(checkpoint)
+def test_a_damaged_folder_is_one_line(call, exported, tmp_path):
+    relation = json.loads((exported / "relation.json").read_text(encoding="utf-8"))
+    marker = {"template": {"marker": "x"}}
     for file, text, expected in (
+        (
+            "relation.json",
+            relation | {"max_length": "9"},
+            "max_length: found '9', expected the type int",
+        ),
+        ("relation.json", relation | {"negative_factor": []}, "found [], expected a number"),
+        ("relation.json", relation | {"temperature": 0}, "found 0, expected a number above 0"),
+        ("relation.json", relation | marker, "template: marker: found 'x', expected one of none, "),
+        ("relation.json", relation | {"model_options": {"x": 1}}, "cannot be made: TypeError: "),
+        ("config.json", "{", "the model of the run 'my-run' cannot be made: JSONDecodeError: "),
+        ("tokenizer.json", "{}", "the model of the run 'my-run' cannot be made: KeyError: "),
         ("head.safetensors", "x", "head.safetensors: cannot be read: "),
         ("relation.json", "{", "relation.json: expected what infer.py --export writes"),
         ("relation.json", '{"format": "9"}', "relation.json: found format '9', expected"),
         ("relation.json", '{"format": "relation model 4"}', "keys: found"),
     ):
-        folder = tmp_path / str(len(expected))
-        export(content, folder, print)
-        (folder / file).write_text(text)
+        folder = tmp_path / "damaged"
+        shutil.copytree(exported, folder, dirs_exist_ok=True)
+        (folder / file).write_text(text if isinstance(text, str) else json.dumps(text))
         assert expected in call(infer, folder, "--data", "x", code=2).err
     (tmp_path / "empty").mkdir()
     assert "empty: cannot be read: Is a directory" in call(infer, tmp_path / "empty", code=2).err

@@ -16,7 +16,7 @@ from checkpoint import load_checkpoint, save_tensors
 from common import InputError
 from distributed import local_device
 from metrics import read_predictions
-from predictor import Predictor
+from predictor import Predictor, version_of
 from rows import ENTITY_FIELDS, Row, read_rows
 from tests.helpers import ROOT, SAMPLE, nfd, write_rows
 
@@ -112,6 +112,37 @@ def test_numbers_and_columns_may_be_numpys(predictor, rows):
         record["subject_entity"]["start_idx"] = wrong
         with pytest.raises(InputError, match="row 0: subject_entity: start_idx: found"):
             predictor.predict([record])
+
+
+def test_columns_may_be_pyarrows_but_not_of_different_lengths(predictor, rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    records = [as_dict(row) for row in rows[:2]]
+    expected = [result["label"] for result in predictor.predict(records)]
+    table = pyarrow.Table.from_pylist(records)
+    assert predictor(dict(zip(table.column_names, table.columns)))["pred_label"] == expected
+    for batch, message in (
+        (table, "batch: found a Table, expected a dict of columns"),
+        ({"sentence": ["가"], "subject": []}, r"batch: rows: found \{'sentence': 1, 'subject': 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predictor(batch)
+
+
+def test_options_that_are_none_are_one_line(checkpoint, predictor):
+    with pytest.raises(InputError, match="--amp: found 'float16', expected auto, off, bf16, fp16"):
+        Predictor(checkpoint, amp="float16")
+    for threshold in (50, float("nan")):
+        with pytest.raises(InputError, match=f"threshold: found {threshold}, expected at most 1"):
+            predictor.triples(TEXT, ENTITIES, threshold)
+
+
+def test_another_file_of_a_folder_is_another_version(tmp_path):
+    (tmp_path / "relation.json").write_text("a")
+    before = version_of(tmp_path)
+    assert version_of(tmp_path) == before
+    (tmp_path / "relation.json").write_text("bb")  # the folder's own time stays
+    assert version_of(tmp_path) != before
+    assert version_of(tmp_path / "relation.json")[0][1] == 2
 
 
 def test_several_checkpoints_are_averaged(predictor, checkpoint, tmp_path):
@@ -226,6 +257,17 @@ def test_a_run_saves_the_pairs_of_types_that_have_a_relation(call, tmp_path, enc
     known = {(row.subject.type, row.object.type) for row in rows}
     assert pairs
     assert {tuple(pair) for pair in pairs} <= known
+
+
+def test_pairs_of_unknown_types_are_predicted_and_those_of_one_span_are_not(checkpoint, tmp_path):
+    save_tensors(tmp_path / "a.pt", load_checkpoint(checkpoint) | {"pairs": [["ORG", "LOC"]]})
+    predictor = Predictor(tmp_path / "a.pt")
+    first = {"word": "인천대학교", "start_idx": 0}
+    entities = [first | {"type": "ORG"}, *ENTITIES[1:], first | {"type": "company"}]
+    texts = [infer.text_of({"sentence": TEXT, "entities": entities}, 0, "t")[0]]
+    found = [(s, o) for _, s, o, _ in predictor._pairs(texts)]
+    assert found == [(0, 1), (1, 3), (2, 3), (3, 1), (3, 2)]
+    assert predictor.triples(TEXT, entities, threshold=0)
 
 
 # --- device -----------------------------------------------------------------------------------
