@@ -7,10 +7,13 @@ parts.join([HEADER])                                     # writes `out`
 A killed run resumes after its last whole chunk. The processes of torchrun share the chunks.
 """
 
+import fcntl
 import io
 import json
 import math
+import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from itertools import islice
@@ -62,6 +65,8 @@ class Parts:
         self.outs = outs
         self.folder = outs[0].with_name(f".{outs[0].name}.parts")
         known, key_file = "", self.folder / "key"
+        if worker.rank == 0:
+            self._lock()
         if key_file.is_file():
             known = key_file.read_text(encoding="utf-8", errors="replace")
         worker.barrier()  # every process must have read it
@@ -69,7 +74,8 @@ class Parts:
             if known:
                 found = "were written with another input, checkpoint or options"
                 log(f"{self.folder}: its chunks {found}: starting over")
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in self.folder.iterdir():
+                path.unlink()
             with atomic_write(key_file) as file:
                 file.write(key)
         worker.barrier()
@@ -77,6 +83,17 @@ class Parts:
         worker.barrier()
         if self.done:
             log(f"{self.folder}: resuming; finished chunks: {len(self.done)}")
+
+    def _lock(self):
+        """Lock the folder until this object or the process ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(self.folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = "another process is writing it; wait, or use another name"
+            raise InputError(f"{self.outs[0]}: {message}") from error
 
     def path(self, number: int, output: int) -> Path:
         return self.folder / (f"{number}-{output}" if output else str(number))

@@ -138,18 +138,12 @@ def with_label_names(rows: list[Row], order: str = "", skipped: list[str] | None
 
 def note_unknown_types(rows: list[Row], labels: list[str], log):
     """Say which entity types are not KLUE-RE's, such as per for PER, if the labels are."""
-    note_types(rows[0].where.rpartition(":")[0], types_of(rows), labels, log)
-
-
-def types_of(rows: list[Row]) -> Counter:
-    return Counter(entity.type for row in rows for entity in row[2:4] if entity.type)
-
-
-def note_types(path: str | Path, types: Counter, labels: list[str], log):
+    types = Counter(entity.type for row in rows for entity in row[2:4] if entity.type)
     unknown = {type_: n for type_, n in types.items() if type_ not in TYPES}
     if unknown and set(labels) == set(KLUE_LABELS):
         found = f"{sum(unknown.values())} of {sum(types.values())} entities have other types"
         names = ", ".join(map(shorten, list(unknown)[:5]))
+        path = rows[0].where.rpartition(":")[0]
         log(f"{path}: {found} than {', '.join(TYPES)}, such as {names}")
 
 

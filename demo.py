@@ -67,7 +67,9 @@ def relations(predictor: Predictor, marked: list[dict], threshold: float, langua
     (one,) = predictor.predict([{"sentence": sentence, "subject": subject, "object": obj}])
     triples = predictor.triples(sentence, entities, threshold)
     bars = {names.get(label, label): p for label, p in one["probabilities"].items()}
-    return bars, [[s, names.get(label, label), o, round(p, 3)] for s, label, o, p in triples]
+    return bars, [
+        [s.word, names.get(label, label), o.word, round(p, 3)] for s, label, o, p in triples
+    ]
 
 
 def page(predictor: Predictor):

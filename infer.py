@@ -21,7 +21,6 @@ import argparse
 import csv
 import shlex
 from array import array
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +28,7 @@ import transformers
 
 import bulk
 from checkpoint import load_checkpoint
-from data import (
-    KLUE_LABELS,
-    TYPES,
-    note_types,
-    types_of,
-    with_label_names,
-)
+from data import with_label_names
 from distributed import DTYPES, Worker, process_group
 from export import export
 from formats import read_records
@@ -54,7 +47,8 @@ def parse_arguments() -> argparse.Namespace:
         "several are averaged")  # fmt: skip
     add("--data", help="file to predict, a folder with test_data.csv, or hub:OWNER/NAME@REVISION"
         "[:CONFIG][/SPLIT] (default: the first run's data folder)")  # fmt: skip
-    add("--out", help="file to write (default: out/<run>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")
+    add("--out", help="CSV to write, replaced if it exists (default: out/<run>.csv; "
+        "out/<A>+<B>.csv, out/<A>+2.csv)")  # fmt: skip
     add("--skip-bad-rows", action="store_true",
         help="leave bad rows out; otherwise the first is an error")  # fmt: skip
     add("--label-order", metavar="ORDER",
@@ -121,7 +115,7 @@ def log_of(worker: Worker):
 # --- one sentence -----------------------------------------------------------------------------
 
 
-def split_type(text: str, sentence: str, option: str, types: tuple[str, ...] | None):
+def split_type(text: str, sentence: str, option: str, types: list[str] | None):
     """(word, type or None) of WORD:TYPE or WORD; the word may contain colons.
 
     types: the types that the model knows, in any case; None if it takes any.
@@ -153,13 +147,13 @@ def choose_places(sentence: str, words: list[str], given: list[int | None], log=
     return starts
 
 
-def row_from_options(arguments: argparse.Namespace, labels: list[str], needs_types: bool, log):
+def row_from_options(arguments: argparse.Namespace, predictor: Predictor, log):
     """The row of --sentence. InputError if the markers of a model need types that are missing."""
-    sentence, types = arguments.sentence, TYPES if set(labels) == set(KLUE_LABELS) else None
+    sentence, types = arguments.sentence, predictor.types
     texts = arguments.subject, arguments.object
     found = [split_type(text, sentence, name, types) for name, text in zip(OPTIONS, texts)]
     for option, text, (_, type_) in zip(OPTIONS, texts, found):
-        if needs_types and not type_:
+        if predictor.needs_types and not type_:
             one_of = f", one of {', '.join(types)}" if types else ""
             expected = f"WORD:TYPE{one_of}: the model's markers need a type"
             raise InputError(f"{option}: found {text!r}, expected {expected}")
@@ -200,12 +194,18 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
     as_csv = triples_out and out.suffix.lower() == ".csv"
     outs = [out, out.with_suffix(".nodes.csv")] if as_csv else [out]
     read = {Path(file).resolve() for file in (path, *arguments.checkpoints)}
+    writes = (".csv", ".jsonl") if triples_out else (".csv",)
+    option = "--triples" if triples_out else "--out"
+    if out.suffix.lower() in {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx"} - {*writes}:
+        raise InputError(f"{option} {out}: expected the name of a {' or '.join(writes)} file")
+    if triples_out and path.suffix.lower() in (".csv", ".tsv"):
+        expected = "JSON lines, a JSON list or Parquet with sentence and entities"
+        raise InputError(f"--triples: {path}: found {path.suffix}, expected {expected}")
     for file in outs:
         if file.exists() and not file.is_file():
             found = "a folder" if file.is_dir() else "a device or a pipe"
             raise InputError(f"{file}: expected the name of a file, found {found}")
         if file.resolve() in read:
-            option = "--triples" if triples_out else "--out"
             raise InputError(f"{option} {file}: expected another file than those that are read")
     make, columns = (text_of, ("sentence",)) if triples_out else (row_of, NEEDED)
     n_rows = sum(1 for _ in read_records(path, columns))
@@ -226,7 +226,6 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
     n_chunks = bulk.predict_chunks(chunks, predict_chunk, parts, worker, n_rows, size)
     if worker.rank > 0:
         return
-    note_types(path, seen.types, predictor.labels, log)
     headers = [""] if triples_out else [bulk.PREDICTIONS]
     n_truncated = parts.join(list(bulk.NEO4J) if as_csv else headers, n_chunks)
     note(predictor, n_truncated, [], log)
@@ -235,6 +234,9 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
         with open(outs[0], encoding="utf-8", newline="") as file:
             n_triples = sum(1 for _ in (csv.reader(file) if as_csv else file)) - as_csv  # a header
         found = f"{n_triples} triples of {found}"
+        if seen.left_out:
+            why = "no training row has a relation between their types, or they have one span"
+            log(f"left out {seen.left_out} of {seen.n_pairs} pairs of entities: {why}")
     print(f"{' and '.join(map(str, outs))}: {found}")
     if skipped:
         more = [f"and {skipped.n - len(skipped)} more"] if skipped.n > len(skipped) else []
@@ -244,18 +246,21 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
 
 
 class Seen:
-    """What the chunks of a file have had: rows, entity types, gold labels."""
+    """What the chunks of a file have had: rows, pairs of entities, gold labels."""
 
     def __init__(self, label_order: str | None, predictor: Predictor, log):
         self.label_order, self.predictor, self.log = label_order, predictor, log
         self.labels = predictor.labels
-        self.n, self.types, self.gold = 0, Counter(), array("h")  # -1: no label the model knows
+        self.n, self.gold = 0, array("h")  # -1: no label the model knows
+        self.n_pairs, self.left_out = 0, 0
         self.unlabelled, self.unknown, self.first_unknown = 0, 0, None
 
     def texts(self, chunks):
         for texts in chunks:
             self.n += len(texts)
-            self.types.update(e.type for text in texts for e in text.entities if e.type)
+            n = sum(len(text.entities) * (len(text.entities) - 1) for text in texts)
+            self.n_pairs += n
+            self.left_out += n - sum(1 for _ in self.predictor.pairs_of(texts))
             yield texts
 
     def rows(self, chunks):
@@ -266,7 +271,6 @@ class Seen:
             if self.label_order:  # without it, class numbers are labels that the model lacks
                 rows = with_label_names(rows, self.label_order)
             self.n += len(rows)
-            self.types += types_of(rows)
             self.gold.extend(number.get(row.label, -1) for row in rows)
             self.unlabelled += sum(row.label is None for row in rows)
             unknown = [row for row in rows if row.label is not None and row.label not in number]
@@ -310,13 +314,13 @@ def main():
         if not arguments.sentence:
             predict_file(arguments, predictor, worker)
             return
-        labels, needs_types = predictor.labels, predictor.needs_types
-        row = row_from_options(arguments, labels, needs_types, log_of(worker))
+        row = row_from_options(arguments, predictor, log_of(worker))
         probs, n_truncated = predictor.probabilities([row])
         note(predictor, n_truncated, [row], log_of(worker))
         probs = probs[0]
         if worker.rank == 0:
-            print(*(f"{probs[i]:.4f}  {labels[i]}" for i in np.argsort(-probs)[:5]), sep="\n")
+            for i in np.argsort(-probs)[:5]:
+                print(f"{probs[i]:.4f}  {predictor.labels[i]}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ See docs/python.md.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice, permutations
+from numbers import Real
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -21,11 +22,11 @@ import transformers
 from calibration import temper
 from checkpoint import load_checkpoint, restore
 from common import InputError, expect
-from data import MARKERS, TYPES, Template
+from data import KLUE_LABELS, MARKERS, TYPES, Template
 from distributed import Worker, local_device
 from metrics import scale_negative
 from model import predict
-from rows import Row, Text, row_of, text_of
+from rows import Entity, Row, Text, row_of, text_of
 from tokens import encode
 from vocabulary import unknown_in_rows
 
@@ -33,11 +34,11 @@ SLICE = 65_536  # rows that are tokens at a time, about 4 kB each
 
 
 class Triple(NamedTuple):
-    """A relation between two entities of a sentence, here their words."""
+    """A relation between two entities of a sentence."""
 
-    subject: str
+    subject: Entity
     relation: str
-    object: str
+    object: Entity
     probability: float
 
 
@@ -63,7 +64,7 @@ class Predictor:
 
     def __init__(self, checkpoints, device="auto", amp="auto", max_tokens=16384, calibrated=True):
         one = isinstance(checkpoints, (str, os.PathLike))
-        self.paths = [str(path) for path in ([checkpoints] if one else checkpoints)]
+        self.paths = [str(path) for path in ([checkpoints] if one else checkpoints or ())]
         if not self.paths:
             raise InputError("checkpoints: found none, expected at least one")
         if len(set(map(os.path.realpath, self.paths))) < len(self.paths):
@@ -84,6 +85,8 @@ class Predictor:
         self.pairs = (
             {tuple(pair) for found in pairs for pair in found} if None not in pairs else None
         )
+        known = dict.fromkeys((*TYPES, *chain.from_iterable(sorted(self.pairs or (), key=str))))
+        self.types = list(known) if set(self.labels) == set(KLUE_LABELS) else None  # None: any
 
     def _load(self, path: str) -> Model:
         level = transformers.logging.get_verbosity()
@@ -134,7 +137,9 @@ class Predictor:
         A row has a sentence, and subject and object as words, as words with offsets, or as
         subject_entity and object_entity of the competition.
         """
-        found = [row_of(row, number, f"row {number}")[0] for number, row in enumerate(rows)]
+        is_list = isinstance(rows, Iterable) and not isinstance(rows, (str, Mapping))
+        expect(is_list, "predict", "rows", rows, "a list of rows")
+        found = [self._row(row, number, f"row {number}") for number, row in enumerate(rows)]
         probs, _ = self.probabilities(found)
         results = []
         for p, best in zip(probs.tolist(), probs.argmax(1)):
@@ -147,15 +152,25 @@ class Predictor:
         """The columns of `batch` and pred_label, probability and probs, in the order of labels."""
         if not isinstance(batch, Mapping):
             raise InputError(f"batch: found a {type(batch).__name__}, expected a dict of columns")
+        for name, values in batch.items():
+            expected = "a list, one for each column: map(…, batched=True)"
+            expect(not isinstance(values, str), "batch", name, values, expected)
         columns = {name: _as_list(values) for name, values in batch.items()}
         lengths = {name: len(values) for name, values in columns.items()}
         expect(len({*lengths.values()}) < 2, "batch", "rows", lengths, "columns of one length")
         records = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        found = [row_of(record, n, f"row {n} of the batch")[0] for n, record in enumerate(records)]
+        ids = [f" (id {x['id']})" if x.get("id") is not None else "" for x in records]
+        names = [f"row {n} of the batch{row_id}" for n, row_id in enumerate(ids)]
+        found = [self._row(record, n, names[n]) for n, record in enumerate(records)]
         probs, _ = self.probabilities(found)
         predicted = [self.labels[best] for best in probs.argmax(1)]
         columns = {"pred_label": predicted, "probability": probs.max(1).tolist()}
         return {**batch, **columns, "probs": probs.tolist()}
+
+    def _row(self, record: dict, number: int, where: str) -> Row:
+        row, _, _ = row_of(record, number, where)
+        self.check(row)
+        return row
 
     # --- triples ------------------------------------------------------------------------------
 
@@ -167,16 +182,18 @@ class Predictor:
         """
         record = {"sentence": sentence, "entities": entities}
         text, _, _ = text_of(record, 0, "triples")
+        self.check(text)
+        is_share = isinstance(threshold, Real) and 0 <= threshold <= 1
+        expect(is_share, "triples", "threshold", threshold, "a number from 0 to 1")
         (relations,), _ = self.relations([text], threshold)
         found = text.entities
-        return [Triple(found[s].word, label, found[o].word, p) for s, label, o, p in relations]
+        return [Triple(found[s], label, found[o], p) for s, label, o, p in relations]
 
     def relations(self, texts: list[Text], threshold: float, progress: bool = False):
         """(relations of each text, numbers of truncated rows): a relation is (number of the
         subject, label, number of the object, probability); see `triples`."""
-        expect(threshold <= 1, "triples", "threshold", threshold, "at most 1")
         found, n_truncated = [[] for _ in texts], np.zeros(len(self.models), dtype=int)
-        pairs = self._pairs(texts)
+        pairs = self.pairs_of(texts)
         while rows := list(islice(pairs, SLICE)):
             probs, n = self.probabilities([row for _, _, _, row in rows], progress)
             n_truncated += n
@@ -186,7 +203,7 @@ class Predictor:
                     found[number].append((s, self.labels[best], o, float(p[best])))
         return found, n_truncated.tolist()
 
-    def _pairs(self, texts: list[Text]):
+    def pairs_of(self, texts: list[Text]):
         """Yield (number of the text, of the subject, of the object, row) for each ordered pair that
         may have a relation."""
         # The pairs of the training rows tell nothing about types that are missing or unknown.
@@ -200,12 +217,19 @@ class Predictor:
                     yield number, s, o, Row("", text.sentence, subject, obj, None, "", text.where)
 
     def check(self, found: Row | Text):
-        """InputError if an entity has no type, but the markers of a model need one."""
-        rows = [found] if isinstance(found, Row) else (row for *_, row in self._pairs([found]))
-        for row in rows:
-            if None in (row.subject.type, row.object.type):
-                for model in self.models:
-                    model.template.render(row)
+        """InputError if the markers of a model need the type of an entity that has none, or one
+        that no model with KLUE-RE's labels knows."""
+        if not self.needs_types:
+            return
+        if isinstance(found, Row):
+            named = {"subject": found.subject, "object": found.object}
+        else:
+            named = {f"entities[{k}]": entity for k, entity in enumerate(found.entities)}
+        expected = f"one of {', '.join(self.types)}" if self.types else "a type"
+        expected += ": the model's markers need it"
+        for name, (*_, type_) in named.items():
+            known = type_ in self.types if self.types else type_ is not None
+            expect(known, f"{found.where}: {name}", "type", type_, expected)
 
 
 def version_of(path: str | Path) -> list[tuple[str, int, int]]:

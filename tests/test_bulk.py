@@ -12,6 +12,7 @@ import pytest
 
 import bulk
 import infer
+from checkpoint import load_checkpoint, save_tensors
 from common import InputError
 from metrics import read_predictions, write_predictions
 from predictor import Predictor
@@ -190,18 +191,19 @@ def test_rows_without_types_are_bad_for_markers_that_need_them(
 ):
     untyped = rows[9]._replace(subject=rows[9].subject._replace(type=None))
     write_rows(tmp_path / "test.csv", [*rows[:9], untyped, *rows[10:20]])
-    expected = "test.csv:11: subject_entity: no type, which --marker typed_entity_marker_punct"
+    expected = "test.csv:11: subject: type: found None, expected one of PER"
     assert expected in call(infer, checkpoint, "--data", "test.csv", code=2).err
     printed = call(infer, checkpoint, "--data", "test.csv", "--skip-bad-rows").out
     assert f"left out 1 bad rows:\n  {expected}" in printed
     ids = read_predictions(str(tmp_path / "out/run.csv")).ids
     assert ids == [r.id for r in rows[:20] if r is not rows[9]]
-    texts = [{"sentence": "가 나", "entities": ["가", *more]} for more in ([], ["나"])]
+    typed = {"word": "가", "type": "PER"}
+    texts = [{"sentence": "가 나", "entities": [typed, *more]} for more in ([], ["나"])]
     write_records(tmp_path / "texts.jsonl", texts)
     command = checkpoint, "--data", "texts.jsonl", "--triples", "a.jsonl", "--skip-bad-rows"
     printed = call(infer, *command).out
     assert "0 triples of 1 rows" in printed
-    assert "left out 1 bad rows:\n  texts.jsonl:2: subject_entity: no type" in printed
+    assert "left out 1 bad rows:\n  texts.jsonl:2: entities[1]: type: found None" in printed
 
 
 @pytest.mark.parametrize("name", ["data", "out", "triples", "export", "sentence", "label-order"])
@@ -266,7 +268,7 @@ def test_processes_share_the_chunks_and_report_each_others_errors(
     untyped = rows[29]._replace(object=rows[29].object._replace(type=None))
     write_rows(tmp_path / "test.csv", [*rows[:29], untyped])
     done = run("infer.py", checkpoint, "--data", "test.csv", processes=2, code=1)
-    assert "infer.py: test.csv:31: object_entity: no type" in done.stderr
+    assert "infer.py: test.csv:31: object: type: found None" in done.stderr
 
 
 def test_log_files_get_a_line_a_minute(monkeypatch, tmp_path):
@@ -332,7 +334,7 @@ def test_files_of_entities_give_triples(call, checkpoint, texts, tmp_path, chunk
         for triple in predictor.triples(record["sentence"], record["entities"], threshold=0.03):
             expected.append((record["id"], *triple))
     found = [json.loads(line) for line in lines]
-    assert [(t["id"], t["subject"]["word"], t["relation"], t["object"]["word"])
+    assert [(t["id"], tuple(t["subject"].values()), t["relation"], tuple(t["object"].values()))
             for t in found] == [e[:4] for e in expected]  # fmt: skip
     probs = [t["probability"] for t in found], [e[4] for e in expected]
     np.testing.assert_allclose(*probs, atol=1e-6)
@@ -354,7 +356,28 @@ def test_files_of_entities_give_triples(call, checkpoint, texts, tmp_path, chunk
     assert all(id_ == ":".join(node) for id_, node in nodes.items())
 
 
+def test_the_pairs_that_are_left_out_are_counted(call, checkpoint, texts, tmp_path):
+    save_tensors(tmp_path / "a.pt", load_checkpoint(checkpoint) | {"pairs": [["PER", "ORG"]]})
+    printed = call(infer, "a.pt", "--data", "texts.jsonl", "--triples", "t.jsonl").out
+    types = [[entity["type"] for entity in record["entities"]] for record in texts]
+    n = sum(len({*pair} - {"PER", "ORG"}) > 0 or len({*pair}) == 1 for pair in types if pair)
+    n_pairs = 2 * sum(len(pair) == 2 for pair in types)
+    left_out = n_pairs - sum({*pair} == {"PER", "ORG"} for pair in types)
+    assert 0 < n < n_pairs / 2
+    assert f"left out {left_out} of {n_pairs} pairs of entities: no training row has" in printed
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    parts = bulk.Parts([tmp_path / "a.csv"], "k", CPU, print)
+    with pytest.raises(InputError, match=r"a.csv: another process is writing it"):
+        bulk.Parts([tmp_path / "a.csv"], "k", CPU, print)
+    parts.write(0, ["x"], [0])
+    parts.join([""], 1)
+    bulk.Parts([tmp_path / "a.csv"], "k", CPU, print)
+
+
 def test_options_of_triples_are_checked(call, checkpoint, texts, tmp_path):
+    (tmp_path / "a.csv").write_text("sentence,entities\n")
     for options, message in [
         (["--triples", "a.jsonl"], "--triples needs --data FILE"),
         (["--triples", "a.jsonl", "--data", "texts.jsonl", "--out", "b"], "--triples excludes"),
@@ -362,6 +385,9 @@ def test_options_of_triples_are_checked(call, checkpoint, texts, tmp_path):
         (["--triples", "a.csv", "--data", "texts.jsonl", "--threshold", 2], "--threshold: found 2"),
         (["--data", "texts.jsonl"], "texts.jsonl:1: found entities, expected subject and object"),
         (["--data", "texts.jsonl", "--threshold", 0.3], "--threshold is for --triples"),
+        (["--data", "texts.jsonl", "--triples", "a.tsv"], "expected the name of a .csv or .jsonl"),
+        (["--data", "texts.jsonl", "--out", "a.parquet"], "a.parquet: expected the name of a .csv"),
+        (["--data", "a.csv", "--triples", "a.jsonl"], "a.csv: found .csv, expected JSON lines, a"),
     ]:
         assert message in call(infer, checkpoint, *options, code=2).err
 

@@ -69,7 +69,10 @@ def test_rows_are_dicts_with_words_offsets_or_the_competitions_entities(predicto
         ({"sentence": TEXT, **WORDS, "object": "서울"}, "row 1: object: word: found '서울', expec"),
         ({"sentence": TEXT, **WORDS, "object": 3}, "row 1: object: found 3, expected a dict"),
         ({"sentence": TEXT, **WORDS, "object_type": 3}, "row 1: object_type: found 3"),
-        ({"sentence": TEXT, "subject": "인천", "object": "문"}, "row 1: subject_entity: no type"),
+        (
+            {"sentence": TEXT, "subject": "인천", "object": "문"},
+            "row 1: subject: type: found None, exp",
+        ),
         ({"sentence": TEXT, "entities": []}, "row 1: found entities, expected subject and object"),
         (TEXT, "row 1: row: found '인천대학교"),
     ],
@@ -131,9 +134,27 @@ def test_columns_may_be_pyarrows_but_not_of_different_lengths(predictor, rows):
 def test_options_that_are_none_are_one_line(checkpoint, predictor):
     with pytest.raises(InputError, match="--amp: found 'float16', expected auto, off, bf16, fp16"):
         Predictor(checkpoint, amp="float16")
-    for threshold in (50, float("nan")):
-        with pytest.raises(InputError, match=f"threshold: found {threshold}, expected at most 1"):
+    for threshold in (50, float("nan"), -1, "0.5", None):
+        with pytest.raises(InputError, match=r"threshold: found .*, expected a number from 0 to 1"):
             predictor.triples(TEXT, ENTITIES, threshold)
+    with pytest.raises(InputError, match="checkpoints: found none"):
+        Predictor(None)
+    for rows in (None, {"sentence": TEXT, **WORDS}, TEXT):
+        with pytest.raises(InputError, match=r"predict: rows: found .*, expected a list of rows"):
+            predictor.predict(rows)
+    with pytest.raises(InputError, match=r"batch: sentence: found .*map\(…, batched=True\)"):
+        predictor({"sentence": TEXT, **WORDS})
+
+
+def test_a_bad_row_of_a_batch_is_named_by_its_id_too(predictor):
+    batch = {"id": ["doc7", 8], "sentence": [TEXT, TEXT]}
+    batch |= {key: [value, "PER" if "type" in key else value] for key, value in WORDS.items()}
+    with pytest.raises(
+        InputError, match=r"row 1 of the batch \(id 8\): object: word: found '서울'"
+    ):
+        predictor(batch | {"object": [WORDS["object"], "서울"]})
+    with pytest.raises(InputError, match=r"row 0 of the batch \(id doc7\): subject: type: found"):
+        predictor(batch | {"subject_type": ["per", "PER"]})
 
 
 def test_another_file_of_a_folder_is_another_version(tmp_path):
@@ -216,14 +237,14 @@ def test_triples_are_the_relations_of_all_ordered_pairs(predictor):
     rows = [{"sentence": TEXT, "subject": a, "object": b}
             for a in ENTITIES for b in ENTITIES if a is not b]  # fmt: skip
     results = predictor.predict(rows)
-    for threshold in (0.0, sorted(result["probability"] for result in results)[3]):
+    for threshold in (1e-6, sorted(result["probability"] for result in results)[3]):
         expected = [
             (row["subject"]["word"], result["label"], row["object"]["word"])
             for row, result in zip(rows, results)
             if result["label"] != "no_relation" and result["probability"] >= threshold - 1e-6
         ]
         found = predictor.triples(TEXT, ENTITIES, threshold=threshold - 1e-6)
-        assert [triple[:3] for triple in found] == expected
+        assert [(t.subject.word, t.relation, t.object.word) for t in found] == expected
         assert expected
     assert predictor.triples(TEXT, ENTITIES[:1]) == predictor.triples(TEXT, []) == []
     with pytest.raises(InputError, match=r"triples: entities\[0\]: word: found '서울'"):
@@ -242,11 +263,11 @@ def test_pairs_without_relations_in_the_training_rows_are_skipped(checkpoint, tm
     save_tensors(tmp_path / "a.pt", content | {"pairs": [["ORG", "LOC"], ["ORG", "PER"]]})
     save_tensors(tmp_path / "b.pt", content | {"pairs": [["DAT", "ORG"]], "run": "b"})
     found = Predictor(tmp_path / "a.pt").triples(TEXT, ENTITIES, threshold=0)
-    assert {(t.subject, t.object) for t in found} <= {("인천대학교", "인천")}
+    assert {(t.subject.word, t.object.word) for t in found} <= {("인천대학교", "인천")}
     both = Predictor([tmp_path / "a.pt", tmp_path / "b.pt"])
     assert both.pairs == {("ORG", "LOC"), ("ORG", "PER"), ("DAT", "ORG")}
     texts = [infer.text_of({"sentence": TEXT, "entities": ENTITIES}, 0, "t")[0]]
-    assert [(s, o) for _, s, o, _ in both._pairs(texts)] == [(0, 1), (2, 0)]
+    assert [(s, o) for _, s, o, _ in both.pairs_of(texts)] == [(0, 1), (2, 0)]
 
 
 def test_a_run_saves_the_pairs_of_types_that_have_a_relation(call, tmp_path, encoder_folder):
@@ -265,9 +286,11 @@ def test_pairs_of_unknown_types_are_predicted_and_those_of_one_span_are_not(chec
     first = {"word": "인천대학교", "start_idx": 0}
     entities = [first | {"type": "ORG"}, *ENTITIES[1:], first | {"type": "company"}]
     texts = [infer.text_of({"sentence": TEXT, "entities": entities}, 0, "t")[0]]
-    found = [(s, o) for _, s, o, _ in predictor._pairs(texts)]
+    found = [(s, o) for _, s, o, _ in predictor.pairs_of(texts)]
     assert found == [(0, 1), (1, 3), (2, 3), (3, 1), (3, 2)]
-    assert predictor.triples(TEXT, entities, threshold=0)
+    message = r"triples: entities\[3\]: type: found 'company', expected one of PER, ORG, LOC, DAT"
+    with pytest.raises(InputError, match=message):
+        predictor.triples(TEXT, entities)
 
 
 # --- device -----------------------------------------------------------------------------------
