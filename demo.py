@@ -1,15 +1,14 @@
 """A local page to try a model: mark entities in a sentence, read their relations.
 
     python demo.py runs/demo/ckpt.pt             # or several checkpoints, or folders of --export
-    python demo.py CKPT --port 8000 --device cpu
+    python demo.py CKPT --port 8000 --device cpu # needs gradio, see requirements-dev.txt
 
 Choose subject, object or entity, and a type. Then select the word with the mouse. The bars are of
-subject and object (without these, of the first two entities). The table has the relations between
-all entities. Needs gradio: pip install -r requirements-dev.txt
+subject and object (without these, of the first two entities), the table is of all entities.
 """
 
 # First: it handles Ctrl-C while the others are imported.
-from common import InputError, Parser, exit_on_error, optional_import
+from common import InputError, Parser, exit_on_error, expect, optional_import
 
 # isort: split
 
@@ -41,7 +40,8 @@ def entities_of(marked: list[dict]) -> tuple[str, list[dict], list[dict]]:
     for part in marked or []:
         word, name = part["token"], part["class_or_confidence"]
         if name:
-            role, _, type_ = name.strip().rpartition(" ")
+            role, _, type_ = name.strip().rpartition(" ")  # of a name that anyone can edit
+            expect(role in NEXT and type_ in TYPES, word, "mark", name, "a role and a type")
             start = len(sentence) + len(word) - len(word.lstrip())
             entities.append({"word": word.strip(), "start_idx": start, "type": type_})
             roles[role] = entities[-1]

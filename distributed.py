@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +58,13 @@ class Worker:
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def current_device(self):
+        """A block in which the GPU is the current one of this thread, on which graphs are recorded.
+
+        A graph of another GPU's kernels is empty, and its replay repeats the results it has.
+        """
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """Wrap the model in DistributedDataParallel if there are several processes."""

@@ -200,6 +200,9 @@ def write_onnx(model: RelationModel, checkpoint: dict, path: Path) -> str | None
         found = first_line(error)
         install = "it needs the package onnx: pip install -r requirements-dev.txt"
         return install if "not installed" in found else found
+    finally:
+        if model.is_flat:
+            model.encoder.set_attn_implementation("flat")
     return None
 
 

@@ -82,7 +82,7 @@ def _json_records(path: Path):
         for number, piece in enumerate([file.read()] if is_list else file, 1):
             try:
                 if piece.strip():
-                    content = parse_json(piece)
+                    content = parse_json(piece.rstrip("\r\n"))  # else the error is on the next line
                     yield from enumerate(content, 1) if is_list else [(number, content)]
             except (ValueError, RecursionError) as error:
                 line = getattr(error, "lineno", 1) if is_list else number
@@ -104,7 +104,8 @@ def _parquet_records(path: Path):
             batches = file.iter_batches(1024)
             records = (record for batch in batches for record in batch.to_pylist())
             yield from enumerate(_with_names(records, names), 1)
-    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of ValueError
+    except (OSError, ValueError, NotImplementedError, OverflowError) as error:
+        # pyarrow's own errors are subclasses of these; a time may be too late for Python
         raise InputError(f"{path}: expected a Parquet file: {first_line(error)}") from error
 
 

@@ -14,6 +14,7 @@ and copied into the same memory. graph_step.py records training steps.
 
 from contextlib import contextmanager
 from functools import cache
+from threading import get_ident
 
 import torch
 from torch import nn
@@ -26,16 +27,18 @@ from tokens import Batch, padded_size
 
 
 @cache
-def capture_stream():
-    """One stream for all recorders: cuBLAS keeps a workspace for each stream."""
-    return torch.cuda.Stream()
+def capture_stream(device: int, thread: int):
+    """One stream for all recorders of a GPU and a thread: cuBLAS keeps a workspace for each stream,
+    and what another thread launches on it would be recorded too."""
+    return torch.cuda.Stream(device)
 
 
 class CudaRecorder:
-    """Records what functions launch. Its graphs share a memory pool."""
+    """Records what functions launch on the current GPU. Its graphs share a memory pool."""
 
     def __init__(self):
-        self.stream, self.pool = capture_stream(), torch.cuda.graph_pool_handle()
+        self.stream = capture_stream(torch.cuda.current_device(), get_ident())
+        self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, function):
         """Run a function on the recorder's stream: libraries initialise, memory may run out."""

@@ -146,10 +146,10 @@ def predict(model: RelationModel, examples: list[Example], worker: Worker, max_t
     how["delay"] = how["mininterval"]
     forward = None
     many = len(batches) >= MANY_BATCHES and not hasattr(model, "rnn")
-    if cuda_graphs and many and is_capturable(model, worker):
-        longest = max(int(lengths.max()), PAD_LENGTH)
-        forward = GraphedForward(model, worker, max(map(len, batches)), longest)
-    with worker.autocast():  # around the loop: each weight is cast once
+    with worker.current_device(), worker.autocast():  # around the loop: each weight is cast once
+        if cuda_graphs and many and is_capturable(model, worker):
+            longest = max(int(lengths.max()), PAD_LENGTH)
+            forward = GraphedForward(model, worker, max(map(len, batches)), longest)
         for indices in tqdm(batches, unit="batch", leave=False, **how):
             batch = collate(examples, indices)
             rows = to_device(torch.from_numpy(batch.indices), worker.device)

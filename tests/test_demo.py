@@ -54,6 +54,12 @@ def test_marks_become_entities_with_offsets():
             demo.entities_of(parts)
 
 
+@pytest.mark.parametrize("name", ["subject", "PER", "Subject PER", "subject XYZ"])
+def test_a_name_that_says_no_role_or_type_is_an_error(name):
+    with pytest.raises(InputError, match=f"부산: mark: found '{name}', expected a role and a type"):
+        demo.entities_of([*TWO[:2], *marked(("부산", name))])
+
+
 def test_a_new_mark_gets_the_chosen_name():
     found, role = demo.name_marks(marked(("가", "label"), ("나", None)), "subject", "PER")
     assert found == [("가", "subject PER"), ("나", None)]

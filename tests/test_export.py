@@ -218,9 +218,9 @@ def test_onnx_gives_our_probabilities(family, head, embedding, tmp_path):
     for table in model.entity_embeddings:  # they start at zero
         torch.nn.init.normal_(table.weight)
     batches = [examples_of(lengths, seed=3) for lengths in ([9, 30, 5, 17, 12], [7], [4, 4])]
-    ours = [scale_negative(predict(model, examples, CPU), 1.7) for examples in batches]
     assert write_onnx(model, LIKE_A_RUN, tmp_path / "model.onnx") is None
-    for examples, probs in zip(batches, ours):
+    for examples in batches:  # afterwards: the model must predict as before
+        probs = scale_negative(predict(model, examples, CPU), 1.7)
         found = run_onnx(tmp_path / "model.onnx", padded(examples, model))
         np.testing.assert_allclose(found, temper(probs, 1.4), atol=1e-5)
 

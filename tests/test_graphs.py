@@ -1,6 +1,7 @@
 """Padded batches, and the optimiser step that CUDA graphs record, on the CPU."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import attention
+from distributed import Worker
 from graph_step import GraphStep
-from graphs import EagerRecorder, GraphedForward
-from model import RelationModel, relation_loss
+from graphs import EagerRecorder, GraphedForward, capture_stream
+from model import RelationModel, predict, relation_loss
 from pretrain import MaskedTokenTask, PretrainingSettings
 from settings import Settings
 from step import TrainStep
@@ -244,3 +246,33 @@ def test_running_statistics_survive_a_warm_up_that_runs_out_of_memory(encoder_fo
         step.pass_of(step.padded_batch(np.arange(16), 0), False)
     for name, buffer in task.model.named_buffers():
         assert torch.equal(buffer, before[name]), name
+
+
+def test_a_prediction_records_on_its_own_gpu(monkeypatch, kernel):
+    entered, worker = [], Worker(torch.device("cuda", 1))
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: entered.append(device) or nullcontext()
+    )
+    with worker.current_device(), CPU.current_device():
+        assert entered == [worker.device]
+    # predict enters it before it makes the recorder
+    model = RelationModel(encoder_of("bert"), 30).eval()
+    monkeypatch.setattr("model.MANY_BATCHES", 1)
+    monkeypatch.setattr("model.is_capturable", lambda *_: True)
+    order = []
+    monkeypatch.setattr(
+        Worker, "current_device", lambda self: order.append("device") or nullcontext()
+    )
+    recorded = lambda *a: order.append("recorder") or GraphedForward(*a, EagerRecorder())  # noqa: E731
+    monkeypatch.setattr("model.GraphedForward", recorded)
+    predict(model, examples_of([5, 7]), CPU, progress=False)
+    assert order == ["device", "recorder"]
+
+
+def test_each_gpu_and_thread_records_on_a_stream_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    capture_stream.cache_clear()
+    streams = [capture_stream(*key) for key in ((0, 1), (0, 1), (1, 1), (0, 2))]
+    assert streams[0] is streams[1]
+    assert len(set(streams)) == 3
+    capture_stream.cache_clear()

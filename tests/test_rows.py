@@ -217,6 +217,12 @@ def test_a_parquet_file_of_the_hub_knows_the_names_of_its_labels(tmp_path, rows,
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")  # without the names
     with pytest.raises(InputError, match=r"b.parquet:1: label: found \d+, a class number"):
         with_label_names(read_rows(tmp_path / "b.parquet"))
+    late = pyarrow.array([2**60] * len(table), pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(table.append_column("time", late), tmp_path / "d.parquet")
+    with pytest.raises(
+        InputError, match=r"d.parquet: expected a Parquet file: Python int too large"
+    ):
+        read_rows(tmp_path / "d.parquet")
     content = (tmp_path / "b.parquet").read_bytes()
     for wrong in (b"id,sentence", content.replace("가".encode(), b"\xea\xb0\xea")):
         (tmp_path / "c.parquet").write_bytes(wrong)
@@ -273,7 +279,8 @@ VALID = {
         ("a.json", "{", r"a.json:1: expected a JSON list, or an object on each line: Expecting"),
         ("a.json", '{"a": 1}', r"a.json:1: no field sentence; found 'a'"),
         ("a.json", "[" * 100_000, r"a.json:1: expected a JSON list, or an object on each"),
-        ("a.jsonl", json.dumps(VALID) + "\n{\n", r"a.jsonl:2: expected a JSON list, or an object"),
+        ("a.jsonl", json.dumps(VALID) + "\n{", r"a.jsonl:2: expected a JSON list, or an object on"),
+        ("a.jsonl", json.dumps(VALID) + "\n{\r\n\n", r"a.jsonl:2: expected a JSON list, or an obj"),
         ("a.jsonl", json.dumps({**VALID, "guid": "\ud800"}), r"a.jsonl:1: id: found '\\ud800'"),
         ("a.jsonl", json.dumps({**VALID, "label": True}), r"a.jsonl:1: label: found True"),
         ("a.jsonl", json.dumps({**VALID, "source": ["a"]}), r"a.jsonl:1: source: found \['a'\]"),
