@@ -125,8 +125,10 @@ class RelationTask(Task):
         share = self.negative_share
         if settings.test_like():  # the same run as with this share given
             self.settings = replace(settings, no_relation_share=share)
-        related = {
-            (row.subject.type, row.object.type) for row in rows if row.label != self.labels[0]
+        related = {  # of labelled rows
+            (row.subject.type, row.object.type)
+            for row in rows
+            if row.label not in (None, self.labels[0])
         }
         self.pairs = [list(pair) for pair in sorted(related, key=str)]
         self.about = {"version": self.version, "labels": self.labels, "negative_share": share}

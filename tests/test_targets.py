@@ -115,6 +115,20 @@ def test_without_soft_labels_examples_have_no_targets(encoder_folder, chosen):
     assert task.batch(np.arange(3), 0).targets is None
 
 
+def test_types_of_rows_without_labels_are_not_related(encoder_folder, tmp_path, rows):
+    """Triples are predicted of types that have a relation in a labelled row."""
+    write_rows(tmp_path / "train.csv", rows)
+    row = rows[0]._replace(id="t", label=None, subject=rows[0].subject._replace(type="NOH"))
+    write_rows(tmp_path / "test_data.csv", [row])
+    predictions(tmp_path / "vote.csv", ["t"])
+    options = {"data": str(tmp_path), "model": str(encoder_folder), "valid": "none"}
+    options |= {"split": "stratified", "soft_labels": (str(tmp_path / "vote.csv"),)}
+    task = RelationTask(Settings(**options), Worker(torch.device("cpu")), lambda text: None)
+    assert task.examples[-1].label == -1
+    related = {(r.subject.type, r.object.type) for r in rows if r.label != "no_relation"}
+    assert set(map(tuple, task.pairs)) == related
+
+
 BAD = {
     "nowhere": "vote.csv:2: id: found 'x', expected an id of .*train.csv or test_data",
     "of other rows": "vote.csv:2: label: found 'per:title', expected 'no_relation' as in .*train",
