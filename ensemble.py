@@ -122,6 +122,8 @@ def print_selection(patterns: list[str], metric: str, soft: bool):
     gold, *_ = [gold_classes(file, names, told) for file in files]  # all the same
     number = {label: c for c, label in names.items()}
     predicted = np.array([[number[label] for label in file.predicted] for file in files])
+    if len(gold) < 20:  # some sample of fewer rows may have all of them
+        raise InputError(f"--select: found {len(gold)} rows, expected at least 20 to select on")
     print(f"{len(paths)} files, {len(gold):,} rows; this repeats a selection {DRAWS} times")
     choice = select(np.array([f.probs for f in files]), predicted, gold, metric, soft, paths)
     print(text_table(choice.members))

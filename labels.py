@@ -106,12 +106,17 @@ def find_suspects(rows: list[Row], labels: list[str], file: Predictions) -> Susp
     label than its own is the most probable of those whose probability is at least the mean over the
     rows of that label. Pruning by noise rates, cleanlab's default, rounds the numbers of such rows
     for each pair of labels, and loses the errors of the many pairs that are rare.
+
+    InputError unless the rows with probabilities have at least two labels.
     """
     cleanlab = optional_import("cleanlab", "report.py labels")
     for module in ("count", "filter", "rank"):
         optional_import(f"cleanlab.{module}", "report.py labels")
     label_of = {row.id: row.label for row in rows}
     gold, probs = np.array([labels.index(label_of[i]) for i in file.ids]), file.probs
+    if len(set(gold)) == 1:
+        found = f"found {labels[gold[0]]} as the label of all {len(gold)} rows"
+        raise InputError(f"{file.path}: {found}, expected at least two labels")
     joint = cleanlab.count.compute_confident_joint(gold, probs, calibrate=False)
     how = {"filter_by": "confident_learning", "return_indices_ranked_by": "normalized_margin"}
     order = cleanlab.filter.find_label_issues(gold, probs, **how, n_jobs=1)

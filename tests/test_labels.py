@@ -218,6 +218,10 @@ def test_bad_probabilities_are_one_line(call, tmp_path, rows):
     write_predictions(tmp_path / "oof.csv", [r.id for r in part], ["no_relation"] * 300, probs)
     expected = "oof.csv: probabilities per row: found 2, expected the 30 labels of train.csv"
     assert expected in call(report, *command, code=2).err
+    part = [r for r in part if r.label == "per:title"]
+    write(tmp_path / "oof.csv", part, probs_near(part))
+    expected = f"oof.csv: found per:title as the label of all {len(part)} rows, expected at least"
+    assert expected in call(report, *command, code=2).err
 
 
 def test_without_cleanlab_the_message_says_what_installs_it(call, tmp_path, rows, monkeypatch):
