@@ -1,6 +1,7 @@
 """ensemble.py --select: which models to vote, with which weights."""
 
 import json
+import os
 import re
 import shlex
 
@@ -116,6 +117,9 @@ def test_runs_of_the_same_name_and_of_a_sweep_have_files_of_their_own(call, tmp_
     assert "python infer.py runs/x/trial-1/ckpt.pt --out out/x-trial-1.csv" in printed
     command = "python ensemble.py out/x-trial-1.csv out/y-trial-1.csv out/y-trial-2.csv --soft"
     assert command in printed
+    os.utime(tmp_path / "out/y-trial-2.csv", (1, 1))  # of a model that was trained again since
+    printed = call(ensemble, "--select", "runs/*/*/valid.csv", "--soft").out
+    assert "python infer.py runs/y/trial-2/ckpt.pt --out out/y-trial-2.csv" in printed
 
 
 def test_bad_input_of_a_selection_is_one_line(call, runs, tmp_path):
