@@ -271,3 +271,12 @@ def test_the_tool_measures_what_they_gain(call, monkeypatch, encoder_folder, tab
     for arm in arms:
         assert f"\n{arm}  " in last
     assert ("precision %" in printed) == (table == "errors")
+
+
+@pytest.mark.slow
+def test_the_tool_ends_with_the_error_of_the_program_that_failed(run):
+    options = ["--data", SAMPLE, "--model", "nowhere", "--out", "o"]
+    done = run("tools/soft_targets.py", "--table", "students", *options, code=2)
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == "soft_targets.py: train.py failed; the same command goes on from here"
