@@ -116,12 +116,15 @@ def with_targets(settings: Settings, chosen: ChosenRows, rows: list[Row], log):
     return rows + extra, targets
 
 
-def read_probabilities(path: str, labels: list[str], train: str, log) -> Predictions:
-    """A file of predictions for these labels, of the training file `train`; others raise."""
+def read_probabilities(path: str, labels: list[str], place: str, log) -> Predictions:
+    """A file of predictions for these labels, which are those of `place`; others raise.
+
+    `log` is told of predicted labels that are not the most probable ones.
+    """
     file = read_predictions(path)
-    n_classes, expected = file.probs.shape[1], f"the {len(labels)} labels of {train}"
+    n_classes, expected = file.probs.shape[1], f"the {len(labels)} labels of {place}"
     expect(n_classes == len(labels), path, "probabilities per row", n_classes, expected)
-    class_names([file], labels, log)
+    class_names([file], labels, lambda text: log(f"{text}; the probabilities are used"))
     return file
 
 

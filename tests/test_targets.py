@@ -126,6 +126,17 @@ def test_bad_rows_of_test_data_are_counted_once_with_every_split(tmp_path, rows)
         assert line.startswith(f"left out 1 bad rows, the first: {tmp_path / 'test_data.csv'}:3: ")
 
 
+def test_probabilities_are_used_if_a_later_step_changed_labels(tmp_path, chosen):
+    path, messages = tmp_path / "vote.csv", []
+    probs = predictions(path, map(str, range(300)))
+    predicted = [LABELS[c] for c in probs.argmax(1)]
+    predicted[0] = "per:title"
+    write_predictions(path, list(map(str, range(300))), predicted, probs)
+    with_targets(settings(soft_labels=(str(path),)), chosen, chosen.train, messages.append)
+    differs = "the label of 1 of 300 rows is not the one with the highest probability"
+    assert f"{path}: {differs}; the probabilities are used" in messages
+
+
 def test_a_file_of_soft_labels_is_given_once(tmp_path):
     (tmp_path / "link.csv").symlink_to(tmp_path / "vote.csv")
     files = tuple(str(tmp_path / name) for name in ("vote.csv", "link.csv"))
