@@ -260,8 +260,7 @@ def report_labels(arguments: argparse.Namespace):
     file = read_probabilities(arguments.oof, labels, path, print)
     for line, row_id in zip(file.lines, file.ids):
         expect(row_id in first, f"{file.path}:{line}", "id", row_id, f"an id of {path}")
-    if file.gold:
-        check_labels(file, rows)
+    check_labels(file, rows, print)
     rows = list(first.values())
     suspects = find_suspects(rows, labels, file)
     n = write_suspects(out / "rows.csv", suspects)

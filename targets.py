@@ -46,9 +46,7 @@ def read_edits(path: str, chosen: ChosenRows, with_label: bool = False) -> dict[
     If it has a column label, those must be the labels of the training file: so the edits of another
     file are an error.
     """
-    label_of, new = {}, {}
-    for row in chosen.read:
-        label_of.setdefault(row.id, row.label)
+    label_of, new = {row.id: row.label for row in reversed(chosen.read)}, {}
     for line, cells in read_csv(path, ("id", "new_label") if with_label else ("id",)):
         where, row_id = f"{path}:{line}", cells["id"]
         expect(row_id in label_of, where, "id", row_id, "an id of the training file")
@@ -92,8 +90,8 @@ def with_targets(settings: Settings, chosen: ChosenRows, rows: list[Row], log):
     for path in settings.soft_labels:
         file = read_probabilities(path, labels, str(train), log)
         place = place_of(file, ids_of)
-        if file.gold:
-            check_labels(file, chosen.read)
+        if place == str(train):
+            check_labels(file, chosen.read, log)
         for row_id, probs in zip(file.ids, file.probs):
             found[place].setdefault(row_id, []).append(probs / probs.sum())
     held_out = {row.sentence for row in chosen.valid}
@@ -152,12 +150,17 @@ def place_of(file: Predictions, ids_of: dict[str, set[str]]) -> str:
         expect(row_id in ids_of[nearest], f"{file.path}:{line}", "id", row_id, expected)
 
 
-def check_labels(file: Predictions, rows: list[Row]):
-    """Raise InputError unless the labels of a valid.csv are those of the rows with its ids."""
-    label_of = {}
-    for row in rows:
-        label_of.setdefault(row.id, row)
-    for line, row_id, label in zip(file.lines, file.ids, file.gold):
-        row = label_of[row_id]
+def check_labels(file: Predictions, rows: list[Row], log):
+    """Compare a file with the training rows that have its ids; other labels raise InputError.
+
+    Ids do not prove that it is of these rows. If it has no labels, `log` is told how many of its
+    predictions are right.
+    """
+    first = {row.id: row for row in reversed(rows)}  # the others with an id are copies
+    for line, row_id, label in zip(file.lines, file.ids, file.gold or []):
+        row = first[row_id]
         expected = f"{row.label!r} as in {row.where}"
         expect(label == row.label, f"{file.path}:{line}", "label", label, expected)
+    if not file.gold:
+        n = sum(first[row_id].label == label for row_id, label in zip(file.ids, file.predicted))
+        log(f"{file.path}: {n} of its {len(file.ids)} predictions are the training rows' labels")

@@ -103,8 +103,13 @@ def test_ids_that_two_files_have_belong_to_the_file_that_they_are_all_of(tmp_pat
     found, _ = with_targets(options, chosen, chosen.train, print)
     assert len(found) > len(chosen.train)
     predictions(path, [row.id for row in chosen.read])  # infer.py --data train.csv
-    found, _ = with_targets(options, chosen, chosen.train, print)
+    messages = []
+    found, _ = with_targets(options, chosen, chosen.train, messages.append)
     assert found == chosen.train
+    predicted = read_predictions(str(path)).predicted
+    n = sum(row.label == label for row, label in zip(chosen.read, predicted))
+    found = f"{n} of its {len(predicted)} predictions are the training rows' labels"
+    assert messages[0] == f"{path}: {found}"
     predictions(path, map(str, range(299)))
     with pytest.raises(InputError, match=r"its 299 ids are ids of .*train.csv and of test_data"):
         with_targets(options, chosen, chosen.train, print)
