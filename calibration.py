@@ -27,10 +27,9 @@ def temper(probs: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(probs: np.ndarray, gold: np.ndarray) -> float:
-    """The temperature from 0.2 to 5 with the least negative log-likelihood of `gold`;
-    1 without rows.
+    """The temperature with the least negative log-likelihood of `gold`, from 0.2 to 5.
 
-    Guo et al. 2017, On calibration of modern neural networks.
+    1 without rows. Guo et al. 2017, On calibration of modern neural networks.
     """
     from scipy.optimize import minimize_scalar  # takes a second to import
 
@@ -63,8 +62,8 @@ def reliability_table(confidence: np.ndarray, right: np.ndarray) -> list[dict]:
     for b in np.unique(bins):
         of_bin = bins == b
         line = {"probability": f"{b / BINS:.2f} to {(b + 1) / BINS:.2f}", "rows": of_bin.sum()}
-        means = {"mean": 100 * confidence[of_bin].mean(), "accuracy": 100 * right[of_bin].mean()}
-        table.append(line | means)
+        line |= {"mean": 100 * confidence[of_bin].mean(), "accuracy": 100 * right[of_bin].mean()}
+        table.append(line)
     return table
 
 
@@ -77,14 +76,11 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> flo
 def threshold_table(confidence, predicted, gold) -> list[dict]:
     """Precision and recall of the relations that are predicted with at least a probability, and
     how many they are. Precision is NaN if there are none, recall if no row has a relation."""
-    table = []
+    relations, table = (gold != 0).sum(), []
     for threshold in THRESHOLDS:
         kept = (predicted != 0) & (confidence >= threshold)
-        hits, relations = (kept & (predicted == gold)).sum(), (gold != 0).sum()
-        line = {
-            "threshold": threshold,
-            "precision": 100 * hits / kept.sum() if kept.any() else math.nan,
-        }
+        hits, line = (kept & (predicted == gold)).sum(), {"threshold": threshold}
+        line["precision"] = 100 * hits / kept.sum() if kept.any() else math.nan
         line["recall"] = 100 * hits / relations if relations else math.nan
         table.append(line | {"rows kept": kept.sum(), "% of the rows": 100 * kept.mean()})
     return table

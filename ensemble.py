@@ -122,6 +122,8 @@ def print_selection(patterns: list[str], metric: str, soft: bool):
     gold, *_ = [gold_classes(file, names, told) for file in files]  # all the same
     number = {label: c for c, label in names.items()}
     predicted = np.array([[number[label] for label in file.predicted] for file in files])
+    if len(gold) < 20:  # some sample of fewer rows may have all of them
+        raise InputError(f"--select: found {len(gold)} rows, expected at least 20 to select on")
     print(f"{len(paths)} files, {len(gold):,} rows; this repeats a selection {DRAWS} times")
     choice = select(np.array([f.probs for f in files]), predicted, gold, metric, soft, paths)
     print(text_table(choice.members))
@@ -149,7 +151,8 @@ def verdict(choice: Choice, metric: str) -> str:
 def commands(paths: list[str], weights: list[int], soft: bool) -> list[str]:
     """The command that votes the submissions of the selected runs, after those that write them.
 
-    A run's submission is out/<run>.csv, or out/<sweep>-<run>.csv as sweep.py --top writes it.
+    A run's submission is out/<run>.csv, or out/<sweep>-<run>.csv as sweep.py --top writes it. One
+    that is older than the run is of a model that the run has replaced.
     """
     run_of = {path: Path(path).resolve().parent for path in paths}
     n_named = Counter(run.name for run in run_of.values())
@@ -159,7 +162,8 @@ def commands(paths: list[str], weights: list[int], soft: bool) -> list[str]:
         out, longer = f"out/{run.name}.csv", f"out/{run.parent.name}-{run.name}.csv"
         if n_named[run.name] > 1 or Path(longer).exists():
             out = longer
-        if weight and not Path(out).exists():
+        is_new = Path(out).exists() and os.path.getmtime(out) >= os.path.getmtime(path)
+        if weight and not is_new:
             checkpoint = str(Path(path).parent / "ckpt.pt")
             missing.append(shlex.join(["python", "infer.py", checkpoint, "--out", out]))
         outs += [out] if weight else []

@@ -82,7 +82,7 @@ def _json_records(path: Path):
         for number, piece in enumerate([file.read()] if is_list else file, 1):
             try:
                 if piece.strip():
-                    content = parse_json(piece.rstrip("\r\n"))  # else the error is on the next line
+                    content = parse_json(piece)
                     yield from enumerate(content, 1) if is_list else [(number, content)]
             except (ValueError, RecursionError) as error:
                 line = getattr(error, "lineno", 1) if is_list else number

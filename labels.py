@@ -1,6 +1,6 @@
 """Rows whose label is probably wrong, and the out-of-fold probabilities that show it.
 
-    joined = join_folds(["runs/x-folds=5-fold=0/valid.csv", ...], print)
+    files, labels = read_folds(["runs/x-folds=5-fold=0/valid.csv", ...], print)
     suspects = find_suspects(rows, labels, file)
     write_suspects("runs/labels/rows.csv", suspects)
 
@@ -11,6 +11,7 @@ that it has learned, right or wrong.
 import argparse
 import glob
 from collections import Counter
+from dataclasses import fields
 from itertools import chain, combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -18,59 +19,64 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis import type_pair
-from common import InputError, atomic_write, csv_writer, expect, optional_import
+from common import InputError, atomic_write, csv_writer, expect, optional_import, shorten
 from data import find_labels, with_known_labels, with_label_names
 from metrics import (
     Predictions,
     describe,
     gold_classes,
-    read_predictions,
     read_summary,
     score,
     write_predictions,
 )
 from page import Section, write_report
 from rows import Row, compose, read_rows
+from settings import Settings
 from targets import check_labels, read_probabilities
 
 ALIKE = 0.7  # from this share of common character trigrams on, sentences are near-duplicates
 RARE, ENOUGH = 0.01, 100  # a type pair is rare below this share of a label with so many rows
+NAMED = [f.name for f in fields(Settings) if f.metadata["named"] and f.name not in ("data", "fold")]
 
 # --- folds ------------------------------------------------------------------------------------
 
 
-def join_folds(paths: list[str], log) -> tuple[Predictions, list[str]]:
-    """(the valid.csv of all folds as one, labels). Its `path` and `lines` are of the first file.
+def read_folds(paths: list[str], log) -> tuple[list[Predictions], list[str]]:
+    """(the valid.csv of each fold, labels).
 
-    InputError if a fold is missing or there twice, or if the folds are not of the same rows.
+    InputError if a fold is missing or there twice, or if the folds are not of the same rows and
+    labels. `log` is told of runs that have not finished, and of other settings.
     """
-    files, same = {}, None
+    files, fold_of = {}, {}  # {fold: file}, {id: path}
     for path in paths:
         summary = read_summary(Path(path).parent)
-        settings, version = summary.get("settings", {}), summary.get("version", {})
+        settings, labels = summary.get("settings", {}), summary.get("labels")
         folds, fold = settings.get("folds", 0), settings.get("fold")
         expected = "the valid.csv of a train.py --folds, beside its summary.json"
-        expect(folds, path, "folds", folds, expected)
-        about = {"folds": folds, "rows": version.get("content"), "clean": settings.get("clean")}
-        same = same or about
+        expect(folds and labels, path, "folds", folds, expected)
+        about = {"folds": folds, "clean": settings["clean"], "labels": labels}
+        about["rows"] = summary["version"]["content"]
+        if not files:
+            same, first = about, settings
         for name, found in about.items():
-            expect(found == same[name], path, name, found, f"{same[name]!r} as in {paths[0]}")
+            expected = f"{shorten(same[name])} as in {paths[0]}"
+            expect(found == same[name], path, name, found, expected)
         expect(fold not in files, path, "fold", fold, "each fold once")
         if not summary.get("finished"):
             log(f"{path}: its run has not finished")
-        files[fold] = read_predictions(path)
-        expect(files[fold].gold, path, "header", "no column label", "that of a valid.csv")
-    if missing := set(range(same["folds"])) - set(files):
-        expected = f"all {same['folds']} folds"
+        if other := [name for name in NAMED if settings.get(name) != first.get(name)]:
+            log(f"{path}: its run has other settings than that of {paths[0]}: {', '.join(other)}")
+        files[fold] = file = read_probabilities(path, labels, "its summary.json", log)
+        expect(file.gold, path, "header", "no column label", "that of a valid.csv")
+        for line, row_id in zip(file.lines, file.ids):
+            expected = f"no id of {fold_of.get(row_id)}"
+            expect(row_id not in fold_of, f"{path}:{line}", "id", row_id, expected)
+        fold_of |= dict.fromkeys(file.ids, path)
+    if missing := set(range(folds)) - set(files):
+        expected = f"all {folds} folds"
         found = f"found no fold {', '.join(map(str, sorted(missing)))}"
         raise InputError(f"{paths[0]}: {found}, expected {expected}; train.py --fold trains one")
-    files = [files[fold] for fold in sorted(files)]
-    ids, predicted, lines, gold = (
-        list(chain.from_iterable(getattr(file, name) for file in files))
-        for name in ("ids", "predicted", "lines", "gold")
-    )
-    probs = np.concatenate([file.probs for file in files])
-    return Predictions(paths[0], ids, predicted, probs, lines, gold), summary["labels"]
+    return [files[fold] for fold in sorted(files)], labels
 
 
 # --- suspects ---------------------------------------------------------------------------------
@@ -99,12 +105,17 @@ def find_suspects(rows: list[Row], labels: list[str], file: Predictions) -> Susp
     label than its own is the most probable of those whose probability is at least the mean over the
     rows of that label. Pruning by noise rates, cleanlab's default, rounds the numbers of such rows
     for each pair of labels, and loses the errors of the many pairs that are rare.
+
+    InputError unless the rows with probabilities have at least two labels.
     """
     cleanlab = optional_import("cleanlab", "report.py labels")
     for module in ("count", "filter", "rank"):
         optional_import(f"cleanlab.{module}", "report.py labels")
     label_of = {row.id: row.label for row in rows}
     gold, probs = np.array([labels.index(label_of[i]) for i in file.ids]), file.probs
+    if len(set(gold)) == 1:
+        found = f"found {labels[gold[0]]} as the label of all {len(gold)} rows"
+        raise InputError(f"{file.path}: {found}, expected at least two labels")
     joint = cleanlab.count.compute_confident_joint(gold, probs, calibrate=False)
     how = {"filter_by": "confident_learning", "return_indices_ranked_by": "normalized_margin"}
     order = cleanlab.filter.find_label_issues(gold, probs, **how, n_jobs=1)
@@ -221,11 +232,15 @@ def report_folds(arguments: argparse.Namespace):
     paths = list(chain.from_iterable(found))
     if Path(arguments.out).resolve() in {Path(path).resolve() for path in paths}:
         raise InputError(f"--out {arguments.out}: expected another file than those that are read")
-    joined, labels = join_folds(paths, print)
-    gold = gold_classes(joined, dict(enumerate(labels)))
-    columns = joined.ids, joined.predicted, joined.probs, joined.gold
-    write_predictions(arguments.out, *columns)
-    print(describe(score(joined.probs, gold), labels))
+    files, labels = read_folds(paths, print)
+    gold = np.concatenate([gold_classes(file, dict(enumerate(labels))) for file in files])
+    probs = np.concatenate([file.probs for file in files])
+    ids, predicted, given = (
+        list(chain.from_iterable(getattr(file, name) for file in files))
+        for name in ("ids", "predicted", "gold")
+    )
+    write_predictions(arguments.out, ids, predicted, probs, given)
+    print(describe(score(probs, gold), labels))
     print(f"{arguments.out}: {len(gold):,} rows of {len(paths)} folds")
 
 
@@ -244,8 +259,7 @@ def report_labels(arguments: argparse.Namespace):
     file = read_probabilities(arguments.oof, labels, path, print)
     for line, row_id in zip(file.lines, file.ids):
         expect(row_id in first, f"{file.path}:{line}", "id", row_id, f"an id of {path}")
-    if file.gold:
-        check_labels(file, rows)
+    check_labels(file, rows, print)
     rows = list(first.values())
     suspects = find_suspects(rows, labels, file)
     n = write_suspects(out / "rows.csv", suspects)

@@ -99,8 +99,10 @@ def _probabilities(cell: str, where: str) -> list[float]:
 
 def read_summary(folder: Path) -> dict:
     """The summary.json of a run's folder; {} if there is none."""
-    path = folder / "summary.json"
-    return read_json(path, "the summary of a run") if path.exists() else {}
+    path, expected = folder / "summary.json", "the summary of a run, an object"
+    summary = read_json(path, expected) if path.exists() else {}
+    expect(isinstance(summary, dict), str(path), "summary", summary, expected)
+    return summary
 
 
 def aligned(files: list[Predictions], log=print) -> list[Predictions]:

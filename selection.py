@@ -39,7 +39,7 @@ class Vote:
         return self._score(shares, winners(mean, shares), rows)
 
     def score_file(self, i: int, rows: np.ndarray) -> np.ndarray:
-        """The scores (D,) of a file as it is: a vote of one file has no probabilities."""
+        """The scores (D,) of a file with its probabilities, also if the vote is on the labels."""
         return self._score(self.probs[i], self.predicted[i], rows)
 
     def _score(self, shares: np.ndarray, predicted: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ TrainingSettings is what train.py and pretrain.py share; Settings adds what rela
 
 import argparse
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -207,6 +208,8 @@ class Settings(TrainingSettings):
             raise InputError("--label-smoothing excludes --focal-gamma and --focal-alpha")
         if self.soft_labels and (self.label_smoothing or self.focal_gamma or self.focal_alpha):
             raise InputError("--soft-labels excludes --label-smoothing and the focal loss")
+        if len(set(map(os.path.realpath, self.soft_labels))) < len(self.soft_labels):
+            raise InputError("--soft-labels: found a file twice, expected different ones")
         defaults = Settings.soft_mix, Settings.soft_weight
         if not self.soft_labels and (self.soft_mix, self.soft_weight) != defaults:
             raise InputError("--soft-mix and --soft-weight need --soft-labels")

@@ -35,6 +35,7 @@ class ChosenRows(NamedTuple):
     labels: list[str]
     version: dict  # of the training file
     read: list[Row]  # all its rows, before cleaning and splitting
+    unlabelled: list[Row]  # of test_data, if the settings need them
 
 
 def choose_rows(settings: Settings, log) -> ChosenRows:
@@ -61,7 +62,9 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         own = sum(row.label == labels[0] for row in rows) / len(rows)
         share = 0.6 if labels == KLUE_LABELS else own
     test_like = settings.test_like()
-    like = rows_to_predict(settings.data, skipped, log) if test_like else []
+    needed = test_like or settings.soft_labels
+    unlabelled = rows_to_predict(settings.data, skipped, log) if needed else []
+    like = unlabelled if test_like else []
     if settings.valid == "none":
         valid = []
     elif settings.valid:
@@ -91,7 +94,7 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         found = f"{len(rows)} training rows and {len(valid)} validation rows"
         raise InputError(f"{path}: {found}, expected some of each")
     scaling = (like or valid) if test_like else []
-    return ChosenRows(rows, valid, scaling, share, labels, file_version, in_file)
+    return ChosenRows(rows, valid, scaling, share, labels, file_version, in_file, unlabelled)
 
 
 def repeated_ids(rows: list[Row]) -> set[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from common import InputError, expect, read_csv
 from metrics import Predictions, class_names, read_predictions
-from rows import Row, compose, data_file, rows_to_predict
+from rows import Row, compose, data_file
 from settings import Settings
 from splits import ChosenRows
 
@@ -46,11 +46,9 @@ def read_edits(path: str, chosen: ChosenRows, with_label: bool = False) -> dict[
     If it has a column label, those must be the labels of the training file: so the edits of another
     file are an error.
     """
-    label_of, new = {}, {}
-    for row in chosen.read:
-        label_of.setdefault(row.id, row.label)
+    label_of, new = {row.id: row.label for row in reversed(chosen.read)}, {}
     for line, cells in read_csv(path, ("id", "new_label") if with_label else ("id",)):
-        where, row_id = f"{path}:{line}", cells["id"].strip()
+        where, row_id = f"{path}:{line}", cells["id"]
         expect(row_id in label_of, where, "id", row_id, "an id of the training file")
         expect(row_id not in new, where, "id", row_id, "each id once")
         label = compose(cells.get("label", label_of[row_id]).strip())
@@ -86,21 +84,18 @@ def with_targets(settings: Settings, chosen: ChosenRows, rows: list[Row], log):
     if not settings.soft_labels:
         return rows, None
     train, labels, mix = data_file(settings.data, "train"), chosen.labels, settings.soft_mix
-    skipped = [] if settings.skip_bad_rows else None
-    unlabelled = rows_to_predict(settings.data, skipped, lambda text: None)
-    ids_of = {str(train): {row.id for row in chosen.read}}
-    if unlabelled:
-        ids_of["test_data"] = {row.id for row in unlabelled}
-    found = {place: {} for place in ["test_data", *ids_of]}  # {place: {id: [probs (C,)]}}
+    read = {str(train): chosen.read, "test_data": chosen.unlabelled}
+    ids_of = {place: {row.id for row in its_rows} for place, its_rows in read.items()}
+    found = {place: {} for place in read}  # {place: {id: [probs (C,)]}}
     for path in settings.soft_labels:
         file = read_probabilities(path, labels, str(train), log)
         place = place_of(file, ids_of)
-        if file.gold:
-            check_labels(file, chosen.read)
+        if place == str(train):
+            check_labels(file, chosen.read, log)
         for row_id, probs in zip(file.ids, file.probs):
             found[place].setdefault(row_id, []).append(probs / probs.sum())
     held_out = {row.sentence for row in chosen.valid}
-    more = [row for row in unlabelled if row.id in found["test_data"]]
+    more = [row for row in chosen.unlabelled if row.id in found["test_data"]]
     extra = [row._replace(label=None) for row in more if row.sentence not in held_out]
     targets = np.zeros((len(rows) + len(extra), len(labels)), dtype=np.float32)
     soft, n_soft = found[str(train)], 0
@@ -119,12 +114,15 @@ def with_targets(settings: Settings, chosen: ChosenRows, rows: list[Row], log):
     return rows + extra, targets
 
 
-def read_probabilities(path: str, labels: list[str], train: str, log) -> Predictions:
-    """A file of predictions for these labels, of the training file `train`; others raise."""
+def read_probabilities(path: str, labels: list[str], place: str, log) -> Predictions:
+    """A file of predictions for these labels, which are those of `place`; others raise.
+
+    `log` is told of predicted labels that are not the most probable ones.
+    """
     file = read_predictions(path)
-    n_classes, expected = file.probs.shape[1], f"the {len(labels)} labels of {train}"
+    n_classes, expected = file.probs.shape[1], f"the {len(labels)} labels of {place}"
     expect(n_classes == len(labels), path, "probabilities per row", n_classes, expected)
-    class_names([file], labels, log)
+    class_names([file], labels, lambda text: log(f"{text}; the probabilities are used"))
     return file
 
 
@@ -138,8 +136,9 @@ def place_of(file: Predictions, ids_of: dict[str, set[str]]) -> str:
     places = [train] if file.gold else list(ids_of)  # only training rows have a label
     fitting = [place for place in places if ids <= ids_of[place]]
     whole = [place for place in fitting if ids == ids_of[place]]
-    if len(fitting) == 1 or len(whole) == 1:
-        return (fitting if len(fitting) == 1 else whole)[0]
+    for found in (fitting, whole):
+        if len(found) == 1:
+            return found[0]
     if fitting:
         found = f"its {len(ids)} ids are ids of {' and of '.join(fitting)}"
         raise InputError(
@@ -151,12 +150,17 @@ def place_of(file: Predictions, ids_of: dict[str, set[str]]) -> str:
         expect(row_id in ids_of[nearest], f"{file.path}:{line}", "id", row_id, expected)
 
 
-def check_labels(file: Predictions, rows: list[Row]):
-    """Raise InputError unless the labels of a valid.csv are those of the rows with its ids."""
-    label_of = {}
-    for row in rows:
-        label_of.setdefault(row.id, row)
-    for line, row_id, label in zip(file.lines, file.ids, file.gold):
-        row = label_of[row_id]
+def check_labels(file: Predictions, rows: list[Row], log):
+    """Compare a file with the training rows that have its ids; other labels raise InputError.
+
+    Ids do not prove that it is of these rows. If it has no labels, `log` is told how many of its
+    predictions are right.
+    """
+    first = {row.id: row for row in reversed(rows)}  # the others with an id are copies
+    for line, row_id, label in zip(file.lines, file.ids, file.gold or []):
+        row = first[row_id]
         expected = f"{row.label!r} as in {row.where}"
         expect(label == row.label, f"{file.path}:{line}", "label", label, expected)
+    if not file.gold:
+        n = sum(first[row_id].label == label for row_id, label in zip(file.ids, file.predicted))
+        log(f"{file.path}: {n} of its {len(file.ids)} predictions are the training rows' labels")

@@ -120,13 +120,15 @@ class RelationTask(Task):
                 "--norm batch: expected one process; it normalises over a process's rows"
             )
         chosen = choose_rows(settings, log)
-        _, self.valid_rows, scaling, self.negative_share, self.labels, self.version, _ = chosen
+        self.valid_rows, self.labels, self.version = chosen.valid, chosen.labels, chosen.version
+        share = self.negative_share = chosen.negative_share
         rows, targets = with_targets(settings, chosen, edited(settings, chosen, log), log)
-        share = self.negative_share
         if settings.test_like():  # the same run as with this share given
             self.settings = replace(settings, no_relation_share=share)
-        related = {
-            (row.subject.type, row.object.type) for row in rows if row.label != self.labels[0]
+        related = {  # of labelled rows
+            (row.subject.type, row.object.type)
+            for row in rows
+            if row.label not in (None, self.labels[0])
         }
         self.pairs = [list(pair) for pair in sorted(related, key=str)]
         self.about = {"version": self.version, "labels": self.labels, "negative_share": share}
@@ -139,7 +141,7 @@ class RelationTask(Task):
         add_markers(self.tokenizer, self.template, rows)
         (self.examples, n_cut), (self.valid, n_valid_cut), (self.scaling, _) = (
             encode(part, self.template, self.tokenizer, self.labels, settings.max_length)
-            for part in (rows, self.valid_rows, subsample(scaling, 1000))
+            for part in (rows, self.valid_rows, subsample(chosen.scaling, 1000))
         )
         if targets is not None:
             self.examples = [e._replace(targets=t) for e, t in zip(self.examples, targets)]

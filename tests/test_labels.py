@@ -52,7 +52,7 @@ def folds(tmp_path, rows):
         settings = {"folds": 3, "fold": number, "clean": True} | changes
         part = rows[number::3]
         write(path, part, probs_near(part))
-        summary = {"labels": KLUE_LABELS, "version": {"content": "a"}, "finished": True}
+        summary = {"labels": list(KLUE_LABELS), "version": {"content": "a"}, "finished": True}
         summary |= {"settings": settings, **changes}
         (path.parent / "summary.json").write_text(json.dumps(summary))
         return path
@@ -85,6 +85,8 @@ def test_folds_are_joined_with_their_labels(call, folds, tmp_path, rows):
         ({"fold": 0}, "fold=1/valid.csv: fold: found 0, expected each fold once"),
         ({"version": {"content": "b"}}, "fold=1/valid.csv: rows: found 'b', expected 'a' as in"),
         ({"clean": False}, "fold=1/valid.csv: clean: found False, expected True as in"),
+        ({"labels": None}, "fold=1/valid.csv: folds: found 3, expected the valid.csv of a train"),
+        ({"labels": KLUE_LABELS[::-1]}, "fold=1/valid.csv: labels: found ['per:religion', 'org:"),
     ],
 )
 def test_folds_that_do_not_fit_are_one_line(call, folds, changes, expected):
@@ -103,6 +105,38 @@ def test_a_missing_fold_is_named(call, folds, tmp_path):
     folds(2, finished=False)
     printed = call(report, "folds", PATTERN).out
     assert "runs/x-fold=2/valid.csv: its run has not finished" in printed
+
+
+def test_files_of_folds_that_are_not_of_their_run_are_one_line(call, folds, tmp_path, rows):
+    def refused(part, probs, gold=True):
+        write(path, part, probs)
+        if not gold:
+            names = [KLUE_LABELS[c] for c in probs.argmax(1)]
+            write_predictions(path, [r.id for r in part], names, probs)
+        return call(report, "folds", PATTERN, code=2).err
+
+    path, part = tmp_path / "runs/x-fold=1/valid.csv", rows[1::3]
+    place = "runs/x-fold=1/valid.csv"
+    expected = f"{place}:2: id: found '{rows[0].id}', expected no id of runs/x-fold=0/valid.csv"
+    assert expected in refused([rows[0], *part[1:]], probs_near(part))
+    expected = f"{place}: probabilities per row: found 4, expected the 30 labels of its summary"
+    assert expected in refused(part, np.full((len(part), 4), 0.25))
+    expected = f"{place}:3: label: found 'other', expected one of 30 known labels"
+    wrong = [part[0], part[1]._replace(label="other"), *part[2:]]
+    assert expected in refused(wrong, probs_near(part))
+    assert f"{place}: header: found 'no column label'" in refused(part, probs_near(part), False)
+    assert not (tmp_path / "oof.csv").exists()
+    summary = path.with_name("summary.json")
+    summary.write_text("[]")
+    expected = "fold=1/summary.json: summary: found [], expected the summary of a run, an object"
+    assert expected in call(report, "folds", PATTERN, code=2).err
+
+
+def test_folds_with_other_settings_are_named(call, folds):
+    folds(2, seed=43, device="cuda")
+    printed = call(report, "folds", PATTERN).out
+    found = "its run has other settings than that of runs/x-fold=0/valid.csv: seed\n"
+    assert f"runs/x-fold=2/valid.csv: {found}" in printed
 
 
 # --- suspects ---------------------------------------------------------------------------------
@@ -184,6 +218,10 @@ def test_bad_probabilities_are_one_line(call, tmp_path, rows):
     write_predictions(tmp_path / "oof.csv", [r.id for r in part], ["no_relation"] * 300, probs)
     expected = "oof.csv: probabilities per row: found 2, expected the 30 labels of train.csv"
     assert expected in call(report, *command, code=2).err
+    part = [r for r in part if r.label == "per:title"]
+    write(tmp_path / "oof.csv", part, probs_near(part))
+    expected = f"oof.csv: found per:title as the label of all {len(part)} rows, expected at least"
+    assert expected in call(report, *command, code=2).err
 
 
 def test_without_cleanlab_the_message_says_what_installs_it(call, tmp_path, rows, monkeypatch):
@@ -233,3 +271,12 @@ def test_the_tool_measures_what_they_gain(call, monkeypatch, encoder_folder, tab
     for arm in arms:
         assert f"\n{arm}  " in last
     assert ("precision %" in printed) == (table == "errors")
+
+
+@pytest.mark.slow
+def test_the_tool_ends_with_the_error_of_the_program_that_failed(run):
+    options = ["--data", SAMPLE, "--model", "nowhere", "--out", "o"]
+    done = run("tools/soft_targets.py", "--table", "students", *options, code=2)
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == "soft_targets.py: train.py failed; the same command goes on from here"

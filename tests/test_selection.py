@@ -1,6 +1,7 @@
 """ensemble.py --select: which models to vote, with which weights."""
 
 import json
+import os
 import re
 import shlex
 
@@ -28,7 +29,7 @@ def model(seed, strength):
 def write(path, probs, gold=GOLD):
     names = [KLUE_LABELS[c] for c in probs.argmax(1)]
     labels = None if gold is None else [KLUE_LABELS[c] for c in gold]
-    write_predictions(path, list(map(str, range(N))), names, probs, labels)
+    write_predictions(path, list(map(str, range(len(probs)))), names, probs, labels)
 
 
 @pytest.fixture
@@ -116,6 +117,9 @@ def test_runs_of_the_same_name_and_of_a_sweep_have_files_of_their_own(call, tmp_
     assert "python infer.py runs/x/trial-1/ckpt.pt --out out/x-trial-1.csv" in printed
     command = "python ensemble.py out/x-trial-1.csv out/y-trial-1.csv out/y-trial-2.csv --soft"
     assert command in printed
+    os.utime(tmp_path / "out/y-trial-2.csv", (1, 1))  # of a model that was trained again since
+    printed = call(ensemble, "--select", "runs/*/*/valid.csv", "--soft").out
+    assert "python infer.py runs/y/trial-2/ckpt.pt --out out/y-trial-2.csv" in printed
 
 
 def test_bad_input_of_a_selection_is_one_line(call, runs, tmp_path):
@@ -137,6 +141,10 @@ def test_bad_input_of_a_selection_is_one_line(call, runs, tmp_path):
     assert found in refused("--select", PATTERN)
     write(tmp_path / "runs/b/valid.csv", runs["b"], None)
     assert "runs/b/valid.csv: header: found 'no column label'" in refused("--select", PATTERN)
+    for name, probs in runs.items():
+        write(tmp_path / f"few/{name}/valid.csv", probs[:19], GOLD[:19])
+    found = "--select: found 19 rows, expected at least 20"
+    assert found in refused("--select", "few/*/valid.csv")
     write_predictions(tmp_path / "runs/b/valid.csv", ["x"], ["no_relation"], runs["b"][:1])
     assert "expected files of the same rows" in refused("--select", PATTERN)
-    assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == '["runs"]'
+    assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == '["few", "runs"]'

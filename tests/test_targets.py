@@ -42,7 +42,7 @@ def edits(path, rows, columns=("id", "label", "new_label")):
 @pytest.fixture
 def chosen():
     """The rows of a short run; choosing them does not depend on the settings that are tested."""
-    return choose_rows(settings(), lambda text: None)
+    return choose_rows(settings(soft_labels=("x.csv",)), lambda text: None)
 
 
 def settings(**options):
@@ -80,12 +80,14 @@ def test_targets_mix_labels_with_probabilities_and_weight_the_rows_of_test_data(
 
 def test_a_row_of_test_data_with_a_validation_sentence_is_left_out(tmp_path, rows):
     write_rows(tmp_path / "train.csv", rows)
-    chosen = choose_rows(Settings(data=str(tmp_path), split="stratified"), lambda text: None)
-    test = [rows[0]._replace(label=None), chosen.valid[0]._replace(label=None)]
+    options = Settings(
+        data=str(tmp_path), split="stratified", soft_labels=(str(tmp_path / "vote.csv"),)
+    )
+    held_out = choose_rows(options, lambda text: None).valid[0]
+    test = [rows[0]._replace(label=None), held_out._replace(label=None)]
     write_rows(tmp_path / "test_data.csv", [x._replace(id=f"t{i}") for i, x in enumerate(test)])
     predictions(tmp_path / "vote.csv", ["t0", "t1"])
-    options = Settings(data=str(tmp_path), soft_labels=(str(tmp_path / "vote.csv"),))
-    messages = []
+    chosen, messages = choose_rows(options, lambda text: None), []
     found, _ = with_targets(options, chosen, chosen.train, messages.append)
     extra = found[len(chosen.train) :]
     assert chosen.valid[0].sentence not in {row.sentence for row in extra}
@@ -101,11 +103,50 @@ def test_ids_that_two_files_have_belong_to_the_file_that_they_are_all_of(tmp_pat
     found, _ = with_targets(options, chosen, chosen.train, print)
     assert len(found) > len(chosen.train)
     predictions(path, [row.id for row in chosen.read])  # infer.py --data train.csv
-    found, _ = with_targets(options, chosen, chosen.train, print)
+    messages = []
+    found, _ = with_targets(options, chosen, chosen.train, messages.append)
     assert found == chosen.train
+    predicted = read_predictions(str(path)).predicted
+    n = sum(row.label == label for row, label in zip(chosen.read, predicted))
+    found = f"{n} of its {len(predicted)} predictions are the training rows' labels"
+    assert messages[0] == f"{path}: {found}"
     predictions(path, map(str, range(299)))
     with pytest.raises(InputError, match=r"its 299 ids are ids of .*train.csv and of test_data"):
         with_targets(options, chosen, chosen.train, print)
+
+
+def test_bad_rows_of_test_data_are_counted_once_with_every_split(tmp_path, rows):
+    """With other splits than test-like only the soft labels need these rows."""
+    write_rows(tmp_path / "train.csv", rows)
+    bad = rows[1]._replace(id="b", subject=rows[1].subject._replace(word="엉뚱"))
+    write_rows(tmp_path / "test_data.csv", [rows[0]._replace(id="t", label=None), bad])
+    predictions(tmp_path / "vote.csv", ["t"])
+    for split in ("stratified", "test-like"):
+        options = {"data": str(tmp_path), "split": split, "skip_bad_rows": True}
+        options = Settings(**options, soft_labels=(str(tmp_path / "vote.csv"),))
+        messages = []
+        chosen = choose_rows(options, messages.append)
+        with_targets(options, chosen, chosen.train, messages.append)
+        (line,) = [text for text in messages if "bad rows" in text]
+        assert line.startswith(f"left out 1 bad rows, the first: {tmp_path / 'test_data.csv'}:3: ")
+
+
+def test_probabilities_are_used_if_a_later_step_changed_labels(tmp_path, chosen):
+    path, messages = tmp_path / "vote.csv", []
+    probs = predictions(path, map(str, range(300)))
+    predicted = [LABELS[c] for c in probs.argmax(1)]
+    predicted[0] = "per:title"
+    write_predictions(path, list(map(str, range(300))), predicted, probs)
+    with_targets(settings(soft_labels=(str(path),)), chosen, chosen.train, messages.append)
+    differs = "the label of 1 of 300 rows is not the one with the highest probability"
+    assert f"{path}: {differs}; the probabilities are used" in messages
+
+
+def test_a_file_of_soft_labels_is_given_once(tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "vote.csv")
+    files = tuple(str(tmp_path / name) for name in ("vote.csv", "link.csv"))
+    with pytest.raises(InputError, match="--soft-labels: found a file twice"):
+        settings(soft_labels=files).check()
 
 
 def test_without_soft_labels_examples_have_no_targets(encoder_folder, chosen):
@@ -113,6 +154,20 @@ def test_without_soft_labels_examples_have_no_targets(encoder_folder, chosen):
     options = settings(model=str(encoder_folder), lr=1e-3)
     task = RelationTask(options, Worker(torch.device("cpu")), lambda text: None)
     assert task.batch(np.arange(3), 0).targets is None
+
+
+def test_types_of_rows_without_labels_are_not_related(encoder_folder, tmp_path, rows):
+    """Triples are predicted of types that have a relation in a labelled row."""
+    write_rows(tmp_path / "train.csv", rows)
+    row = rows[0]._replace(id="t", label=None, subject=rows[0].subject._replace(type="NOH"))
+    write_rows(tmp_path / "test_data.csv", [row])
+    predictions(tmp_path / "vote.csv", ["t"])
+    options = {"data": str(tmp_path), "model": str(encoder_folder), "valid": "none"}
+    options |= {"split": "stratified", "soft_labels": (str(tmp_path / "vote.csv"),)}
+    task = RelationTask(Settings(**options), Worker(torch.device("cpu")), lambda text: None)
+    assert task.examples[-1].label == -1
+    related = {(r.subject.type, r.object.type) for r in rows if r.label != "no_relation"}
+    assert set(map(tuple, task.pairs)) == related
 
 
 BAD = {
@@ -184,6 +239,16 @@ def test_bad_edits_are_one_line(tmp_path, chosen, option, line, expected):
     path = edits(tmp_path / "rows.csv", [[*given, line[2]]])
     with pytest.raises(InputError, match=expected):
         edited(settings(**{option: path}), chosen, print)
+
+
+def test_ids_are_compared_as_they_are(tmp_path, rows):
+    """Also those with spaces, as report.py labels writes them."""
+    write_rows(tmp_path / "train.csv", [rows[0]._replace(id=" 0"), *rows[1:]])
+    options = {"data": str(tmp_path), "split": "stratified", "valid": "none"}
+    options["drop"] = edits(tmp_path / "drop.csv", [(" 0",)], ["id"])
+    chosen = choose_rows(Settings(**options), lambda text: None)
+    messages = []
+    assert edited(Settings(**options), chosen, messages.append) == chosen.train[1:]
 
 
 def test_the_ids_of_a_file_of_edits_are_unique_and_some_rows_stay(tmp_path, chosen):

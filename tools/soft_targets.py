@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from analysis import compare  # noqa: E402
-from common import Parser, atomic_write, exit_on_error  # noqa: E402
+from common import InputError, Parser, atomic_write, exit_on_error  # noqa: E402
 from data import write_rows  # noqa: E402
 from metrics import read_predictions, read_summary, score, write_predictions  # noqa: E402
 from page import text_table  # noqa: E402
@@ -51,7 +51,8 @@ class Runs:
 
     def program(self, name: str, *arguments):
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            raise InputError(f"{name} failed; the same command goes on from here")
 
     def train(self, name: str, *options):
         data = ("--data", self.out / "data", "--model", self.model, "--out", self.out / name)
