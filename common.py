@@ -236,7 +236,7 @@ SIGNATURES = {
     b"ARROW1": "an Arrow file",
     b"PK\x03\x04": "a checkpoint, or an Excel sheet: save that as CSV",
     b"\xd0\xcf\x11\xe0": "an old Excel sheet: save it as CSV",
-    b"\x1f\x8b": "a gzip archive",
+    b"\x1f\x8b": "a gzip archive: decompress it first",
     b"\x80": "a pickle",
     b"SQLite": "a database",
 }

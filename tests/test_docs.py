@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import infer
 from calibration import temper
 from metrics import read_predictions
+from predictor import Predictor
 from tests.helpers import ROOT, SAMPLE
 
 
@@ -83,8 +85,9 @@ def test_datasets(folder, call, monkeypatch):
     np.testing.assert_allclose(predicted["probs"][:], probs, atol=1e-6)
 
 
-def test_web_service(folder):
+def test_web_service(folder, monkeypatch):
     client = pytest.importorskip("fastapi.testclient")
+    monkeypatch.setenv("CHECKPOINT", "runs/demo/ckpt.pt")
     app = client.TestClient(run_snippet("A web service")["app"])
     row = {"sentence": "조동제와 문서연", "subject": {"word": "조동제", "type": "PER"},
            "object": {"word": "문서연", "type": "PER"}}  # fmt: skip
@@ -93,6 +96,13 @@ def test_web_service(folder):
     assert found.json()[0]["label"]
     wrong = app.post("/predict", json=[{"sentence": "조동제"}])
     assert (wrong.status_code, wrong.json()["detail"][:6]) == (422, "row 0:")
+    monkeypatch.setattr(Predictor, "triples", partialmethod(Predictor.triples, threshold=0))
+    found = app.post("/triples", json={"sentence": row["sentence"],
+                                       "entities": [row["subject"], row["object"]]})  # fmt: skip
+    assert found.json()[0]["subject"] in (
+        {"word": "조동제", "start": 0, "end": 2, "type": "PER"},
+        {"word": "문서연", "start": 5, "end": 7, "type": "PER"},
+    )
 
 
 def test_probabilities(folder, capsys):

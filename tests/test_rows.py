@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -12,7 +13,7 @@ import pytest
 
 import infer
 from common import InputError
-from data import KLUE_LABELS, Template, version, with_known_labels, with_label_names
+from data import KLUE_LABELS, TYPES, Template, version, with_known_labels, with_label_names
 from encoder import load_tokenizer
 from metrics import read_predictions
 from rows import (
@@ -363,12 +364,13 @@ def test_an_error_about_texts_that_look_alike_names_the_characters(word, differe
 
 
 def test_a_sentence_on_the_command_line_is_composed(monkeypatch):
+    predictor = SimpleNamespace(types=list(TYPES), needs_types=True)
     sentence, words = "비틀즈의 노래는 조지 해리슨이 썼다", ("비틀즈:ORG", "조지 해리슨:PER")
     for form in itertools.product((str, nfd), repeat=3):
         texts = [convert(text) for convert, text in zip(form, (sentence, *words))]
         options = ["a.pt", "--sentence", texts[0], "--subject", texts[1], "--object", texts[2]]
         monkeypatch.setattr("sys.argv", ["infer.py", *options])
-        found = infer.row_from_options(infer.parse_arguments(), KLUE_LABELS, True, print)
+        found = infer.row_from_options(infer.parse_arguments(), predictor, print)
         assert found[1:4] == made_row(sentence, "비틀즈", "조지 해리슨", types=("ORG", "PER"))[1:4]
 
 
