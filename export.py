@@ -40,7 +40,8 @@ def export(checkpoint: dict, folder: Path, log):
     transformers would not read the same encoder from it.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"--export {folder}: found it, expected a new or an empty folder")
+        found = "files in it" if folder.is_dir() else "a file"
+        raise InputError(f"--export {folder}: found {found}, expected a new or an empty folder")
     if folder.resolve() == Path.cwd():  # it is replaced, and the shell would stay in the old one
         raise InputError(f"--export {folder}: found the current folder, expected a new one")
     model, _ = restore(checkpoint)
@@ -54,10 +55,12 @@ def export(checkpoint: dict, folder: Path, log):
         weights = model.state_dict()
         head = {name: w for name, w in weights.items() if not name.startswith("encoder.")}
         save_file(head, temporary / HEAD_FILE)
+        for path in temporary.glob("*.safetensors"):  # written for their owner only
+            shutil.copymode(temporary / "config.json", path)
         left_out = ("weights", "encoder", "tokenizer")
         about = {key: value for key, value in checkpoint.items() if key not in left_out}
         if not about["data"].startswith("hub:"):
-            about["data"] = "data"  # the path may be private
+            about["data"] = ""  # the path may be private
         text = json.dumps(
             about | {"tokenizer_files": [*checkpoint["tokenizer"]]}, ensure_ascii=False, indent=1
         )

@@ -1,6 +1,7 @@
 """infer.py --export: the folder predicts as its checkpoint does, here and under onnxruntime."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -22,6 +23,7 @@ from export import export, padded, write_onnx
 from metrics import scale_negative
 from model import RelationModel, predict
 from predictor import Predictor
+from sample.tiny_encoder import make_tiny_encoder
 from tests.helpers import CPU, ROOT, encoder_of, examples_of, write_rows
 from tokens import encode
 
@@ -66,7 +68,7 @@ def run_onnx(path, inputs):
 def test_a_folder_predicts_as_its_checkpoint(call, checkpoint, rows, tmp_path):
     printed = call(infer, checkpoint, "--export", "folder").out
     assert printed.endswith(
-        f"folder: {checkpoint}; upload it with\n  hf upload OWNER/NAME folder\n"
+        f"wrote folder from {checkpoint}; upload it with\n  hf upload OWNER/NAME folder\n"
     )
     write_rows(tmp_path / "test.csv", rows[:20])
     files = []
@@ -94,7 +96,7 @@ def test_nothing_in_the_folder_names_a_private_path(checkpoint, encoder_folder, 
     for path in exported.iterdir():
         for private in (checkpoint.parent, encoder_folder):
             assert str(private).encode() not in path.read_bytes(), path
-    assert json.loads((exported / "relation.json").read_text())["data"] == "data"
+    assert json.loads((exported / "relation.json").read_text())["data"] == ""
 
 
 def test_the_model_card_has_scores_version_and_licence(checkpoint, exported, tmp_path):
@@ -112,6 +114,29 @@ def test_the_model_card_has_scores_version_and_licence(checkpoint, exported, tmp
     assert "None: the run had no validation rows." in card
     assert "Version: revision 1, content abc." in card
     assert json.loads((tmp_path / "other/relation.json").read_text())["data"] == "hub:a/b@1"
+
+
+def test_the_files_have_the_modes_of_the_umask(checkpoint, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export(load_checkpoint(checkpoint), tmp_path / "out", print)
+        make_tiny_encoder(str(tmp_path / "tiny"), ["가"], seed=0)
+    finally:
+        os.umask(before)
+    for path in [*(tmp_path / "out").iterdir(), *(tmp_path / "tiny").iterdir()]:
+        assert path.stat().st_mode & 0o777 == 0o640, path
+
+
+def test_an_exported_model_does_not_know_its_data(call, checkpoint, rows, tmp_path):
+    """Not the folder data that happens to be there; nor does it replace the run's predictions."""
+    export(load_checkpoint(checkpoint), tmp_path / "v2", print)
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data/test_data.csv", rows[:3])
+    refused = call(infer, "v2", code=2).err
+    expected = "--data: expected a file: an exported model does not know its data"
+    assert refused == f"infer.py: {expected}\n"
+    assert "out/v2.csv: 3 rows" in call(infer, "v2", "--data", "data").out
+    assert "out/v2+my-run.csv: 3" in call(infer, "v2", checkpoint, "--data", "data").out
 
 
 def test_an_older_checkpoint_has_no_temperature(checkpoint, tmp_path, rows):
@@ -132,9 +157,9 @@ def test_a_folder_with_files_is_left_alone(call, checkpoint, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/README.md").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name in ("mine", "file"):
+    for name, found in (("mine", "files in it"), ("file", "a file")):
         refused = call(infer, checkpoint, "--export", name, code=2).err
-        assert f"--export {name}: found it, expected a new or an empty folder" in refused
+        assert f"--export {name}: found {found}, expected a new or an empty folder" in refused
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
     for more, expected in (
         (("--data", "x"), "--data: --export predicts nothing"),
