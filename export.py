@@ -354,7 +354,7 @@ def _described_inputs(model: RelationModel) -> list[str]:
     content = {
         "input_ids": "tokens of prompt and sentence",
         "attention_mask": "1 for tokens, 0 for padding",
-        "token_type_ids": "the tokenizer's numbers of the segments",
+        "token_type_ids": "the tokenizer's numbers of the segments; 0 if it gives none",
         "markers": f"position of the {token} token of the subject's {marker} marker (without one, "
         "of its word), then of the object's",
         "entities": "the first row has 1 at the tokens of the subject's word (or of what replaces "

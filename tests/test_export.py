@@ -141,6 +141,7 @@ def test_the_inputs_of_the_card_give_our_probabilities(exported):
     assert texts[1].startswith("@ * person * 한태영 @ 의 생가가 있는 # ^ location ^ 인천 # 에는")
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     built = dict(tokenizer(*texts))
+    assert set(built) == {"input_ids", "token_type_ids", "attention_mask"}
     assert built == {name: example[name] for name in built}
     tokens = np.array(tokenizer.convert_ids_to_tokens(example["input_ids"]))
     assert tokens[example["markers"]].tolist() == ["@", "#"]
