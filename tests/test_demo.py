@@ -91,7 +91,6 @@ def test_the_package_that_is_missing_is_named(call, checkpoint, monkeypatch):
 
 
 def test_a_port_that_is_none_is_one_line(call, checkpoint):
-    pytest.importorskip("gradio", reason=NEEDS)
     for port in (0, 99999):
         refused = call(demo, checkpoint, "--port", port, code=2).err
         assert refused == f"demo.py: --port: found {port}, expected 1 to 65535\n"
