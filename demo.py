@@ -1,10 +1,9 @@
 """A local page to try a model: mark entities in a sentence, read their relations.
 
-    python demo.py runs/demo/ckpt.pt             # or several checkpoints, or folders of --export
-    python demo.py CKPT --port 8000 --device cpu # needs gradio, see requirements-dev.txt
+    python demo.py runs/demo/ckpt.pt --port 8000    # or several, or folders of --export
 
-Choose subject, object or entity, and a type. Then select the word with the mouse. The bars are of
-subject and object (without these, of the first two entities), the table is of all entities.
+Choose subject, object or entity, and a type. Then select the word with the mouse. The bars are for
+subject and object; if there are none, for the first two entities.
 """
 
 # First: it handles Ctrl-C while the others are imported.
@@ -24,7 +23,6 @@ KOREAN = dict(zip(KLUE_LABELS, (
     "사망지/설립자/종교"
 ).split("/")))  # fmt: skip
 COLUMNS = ["subject", "relation", "object", "probability"]
-NEW = "label"  # the name that gradio gives to a new mark
 NEXT = {"subject": "object", "object": "entity", "entity": "entity"}  # role of the mark after it
 EXAMPLES = [
     [("한태영", "subject PER"), ("의 생가가 있는 ", None), ("인천", "object LOC"),
@@ -53,11 +51,10 @@ def entities_of(marked: list[dict]) -> tuple[str, list[dict], list[dict]]:
 
 
 def name_marks(marked: list[dict], role: str, type_: str):
-    """The marked text with names for new marks, and the role of the next; None without new ones."""
+    """(the text, its new marks named; role of the next mark); None without new ones ("label")."""
     found = [(part["token"], part["class_or_confidence"]) for part in marked or []]
-    if any(name == NEW for _, name in found):
-        return [(x, f"{role} {type_}" if name == NEW else name) for x, name in found], NEXT[role]
-    return None
+    named = [(x, f"{role} {type_}" if name == "label" else name) for x, name in found]
+    return (named, NEXT[role]) if named != found else None
 
 
 def relations(predictor: Predictor, marked: list[dict], threshold: float, language: str):
@@ -67,9 +64,7 @@ def relations(predictor: Predictor, marked: list[dict], threshold: float, langua
     (one,) = predictor.predict([{"sentence": sentence, "subject": subject, "object": obj}])
     triples = predictor.triples(sentence, entities, threshold)
     bars = {names.get(label, label): p for label, p in one["probabilities"].items()}
-    return bars, [
-        [s.word, names.get(label, label), o.word, round(p, 3)] for s, label, o, p in triples
-    ]
+    return bars, [[s.word, names.get(x, x), o.word, round(p, 3)] for s, x, o, p in triples]
 
 
 def page(predictor: Predictor):
@@ -84,18 +79,19 @@ def page(predictor: Predictor):
 
     with gradio.Blocks(title="Relation extraction") as blocks:
         gradio.Markdown(f"# Relation extraction\n{__doc__.split(chr(10) * 2)[2]}")
-        sentence = gradio.Textbox(label="Sentence", submit_btn="Mark entities")
+        examples = [["".join(token for token, _ in marked), marked] for marked in EXAMPLES]
+        sentence = gradio.Textbox(examples[0][0], label="Sentence", submit_btn="Mark entities")
         with gradio.Row():
             role = gradio.Radio(list(NEXT), value="subject", label="The next word is")
             type_ = gradio.Radio(TYPES, value="PER", label="of the type")
         marked = gradio.HighlightedText(EXAMPLES[0], interactive=True, elem_id="marked")
-        threshold = gradio.Slider(0, 1, 0.5, label="Least probability of a triple")
+        threshold = gradio.Slider(0, 1, 0.5, label="Least probability in the table")
         language = gradio.Radio(["English", "한국어"], value="English", label="Relations in")
         button = gradio.Button("Predict", variant="primary")
         bars = gradio.Label(num_top_classes=5, label="Subject and object", elem_id="bars")
-        table = gradio.Dataframe(headers=COLUMNS, label="All entities", elem_id="triples")
-        texts = ["".join(token for token, _ in example) for example in EXAMPLES]
-        gradio.Examples([[example] for example in EXAMPLES], marked, example_labels=texts)
+        shown = "All entities: relations of at least the probability set above"
+        table = gradio.Dataframe(headers=COLUMNS, label=shown, elem_id="triples")
+        gradio.Examples(examples, [sentence, marked], example_labels=[x for x, _ in examples])
         sentence.submit(lambda text: ([(text, None)], "subject"), sentence, [marked, role])
         rename = lambda *x: name_marks(*x) or (gradio.skip(), gradio.skip())  # noqa: E731
         marked.change(rename, [marked, role, type_], [marked, role], show_progress="hidden")
@@ -107,10 +103,12 @@ def page(predictor: Predictor):
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", help="ckpt.pt of one or more runs")
+    add("checkpoints", nargs="+", help="ckpt.pt of one or more runs, or folders of --export")
     add("--port", type=int, help="of the page (default: the first free one from 7860 on)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     arguments = parser.parse_args()
+    if arguments.port not in (None, *range(1, 65536)):
+        raise InputError(f"--port: found {arguments.port}, expected 1 to 65535")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it would use the network
     optional_import("gradio", "demo.py")  # before the model is loaded
     predictor = Predictor(arguments.checkpoints, arguments.device)

@@ -24,11 +24,12 @@ from torch import nn
 
 from checkpoint import HEAD_FILE, RELATION_FILE, load_checkpoint, restore
 from common import InputError, first_line
-from data import KLUE_LABELS
+from data import KLUE_LABELS, TYPES, Template
 from encoder import load_encoder
 from metrics import describe
 from model import RelationModel
-from tokens import Example
+from rows import Entity, Row
+from tokens import Example, encode
 
 OPSET = 17  # of ONNX 1.12, from 2022: old runtimes read it too
 
@@ -40,10 +41,11 @@ def export(checkpoint: dict, folder: Path, log):
     transformers would not read the same encoder from it.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"--export {folder}: found it, expected a new or an empty folder")
+        found = "files in it" if folder.is_dir() else "a file"
+        raise InputError(f"--export {folder}: found {found}, expected a new or an empty folder")
     if folder.resolve() == Path.cwd():  # it is replaced, and the shell would stay in the old one
         raise InputError(f"--export {folder}: found the current folder, expected a new one")
-    model, _ = restore(checkpoint)
+    model, tokenizer = restore(checkpoint)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
@@ -54,10 +56,12 @@ def export(checkpoint: dict, folder: Path, log):
         weights = model.state_dict()
         head = {name: w for name, w in weights.items() if not name.startswith("encoder.")}
         save_file(head, temporary / HEAD_FILE)
+        for path in temporary.glob("*.safetensors"):  # written for their owner only
+            shutil.copymode(temporary / "config.json", path)
         left_out = ("weights", "encoder", "tokenizer")
         about = {key: value for key, value in checkpoint.items() if key not in left_out}
         if not about["data"].startswith("hub:"):
-            about["data"] = "data"  # the path may be private
+            about["data"] = ""  # the path may be private
         text = json.dumps(
             about | {"tokenizer_files": [*checkpoint["tokenizer"]]}, ensure_ascii=False, indent=1
         )
@@ -66,7 +70,7 @@ def export(checkpoint: dict, folder: Path, log):
         problem = write_onnx(model, checkpoint, temporary / "model.onnx")
         if problem:
             log(f"no model.onnx: {problem}")
-        card = model_card(checkpoint, model, onnx=not problem)
+        card = model_card(checkpoint, model, tokenizer, onnx=not problem)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -208,11 +212,16 @@ def write_onnx(model: RelationModel, checkpoint: dict, path: Path) -> str | None
 
 # --- model card -------------------------------------------------------------------------------
 
+SENTENCE = "한태영의 생가가 있는 인천에는 해마다 많은 방문객이 찾아온다."
+EXAMPLE = Row("0", SENTENCE, Entity("한태영", 0, 2, "PER"), Entity("인천", 12, 13, "LOC"),
+              None, "", "example")  # fmt: skip
+
 CARD = """---
 language: ko
 pipeline_tag: text-classification
 tags: [relation-extraction]
-{licence_tag}---
+{licence}
+---
 
 # {run}
 
@@ -236,47 +245,125 @@ Version: {version}.
 | `config.json`, `model.safetensors` | the encoder, for transformers' `AutoModel` |
 | `tokenizer.json`, … | its tokenizer, for `AutoTokenizer` |
 | `head.safetensors` | the weights of the head |
-| `relation.json` | labels, head's options, template, factor, temperature, scores |
+| `relation.json` | labels, head's options, template, scaling of `{negative}`, temperature, scores |
 {onnx}
+Of the encoder's outputs use `last_hidden_state`.{pooler}
+
 ## Use
 
-With the programs that trained it:
+Get the repository "Korean relation extraction on KLUE-RE", whose programs trained this model, and
+put it on `PYTHONPATH`. Then, in this folder:
 
-    from predictor import Predictor
-    predictor = Predictor("path/to/this/folder")
-    predictor.predict([{{"sentence": "…", "subject": "…", "object": "…"}}])
+```python
+from predictor import Predictor
 
-The input is marked as `relation.json` says under `template`: {template}.
+row = {{
+    "sentence": "{sentence}",
+    "subject": "한태영",
+    "subject_type": "PER",
+    "object": "인천",
+    "object_type": "LOC",
+}}
+(result,) = Predictor(".").predict([row])
+print(result["label"], result["probability"])
+```
+
+## Input
+
+The input is a prompt and the sentence with its markers: the two segments of the tokenizer, or one
+if the prompt is empty. The template is {template}.
+`Predictor` shortens an input to {max_length} tokens. The row above becomes, without the dimension
+of the batch:
+
+```json
+{{
+{example}
+}}
+```
+
+{how}
+
+All inputs are int64. They are padded on the right: `input_ids` with the token {pad_id}, all others,
+`attention_mask` too, with 0.
+
+| input | shape | content |
+|---|---|---|
+{inputs}
 """
 
-ONNX = """| `model.onnx` | encoder and head: probabilities of a padded batch |
+ONNX = """| `model.onnx` | encoder and head: from the inputs below to `probabilities` (batch, {}) |
 
-`model.onnx` reads int64: {inputs}. Sentences are padded on the right, with token {pad_id}. Its
-output `probabilities` (batch, {n_labels}) has the labels in the order of `relation.json`, after the
-factor of the first label and the temperature.
+The probabilities of `model.onnx` are in the order of the labels, and include the scaling of `{}`
+and the temperature.
 """
+KLUE = """The labels are KLUE-RE's (Park et al. 2021, KLUE: Korean Language Understanding
+Evaluation)."""
+POOLER = """ The pooler is not part of it:
+`AutoModel.from_pretrained(".", add_pooling_layer=False)`."""
 
 
-def model_card(checkpoint: dict, model: RelationModel, onnx: bool) -> str:
+def model_card(checkpoint: dict, model: RelationModel, tokenizer, onnx: bool) -> str:
     """The README.md of the folder."""
     labels, version, scores = (checkpoint[key] for key in ("labels", "version", "scores"))
     has_scores = "micro_f1" in scores
     text = f"On the validation rows of the run: {describe(scores, labels)}." if has_scores else ""
-    is_klue = labels == KLUE_LABELS
-    klue = "KLUE-RE's labels (Park et al. 2021, KLUE: Korean Language Understanding Evaluation). "
-    klue += "KLUE's data is licensed under CC BY-SA 4.0. For rows from elsewhere, correct this and "
-    klue += "the licence above. The licence of the pretrained encoder holds too."
-    other = "Not KLUE-RE's labels. Add the name and the licence of the data here."
+    licence = "# license: add that of the training data"
+    data = "Add the name and the licence of the training data here, and the licence above."
+    if labels == KLUE_LABELS:  # the demo's too: they do not tell whose the rows are
+        if checkpoint["data"].startswith("hub:klue/klue@"):
+            licence = "license: cc-by-sa-4.0"
+            data = f"KLUE-RE (`{checkpoint['data']}`), under CC BY-SA 4.0."
+        data += f" {KLUE}"
     found = ", ".join(f"{name} {value}" for name, value in version.items() if value)
+    example, how = _worked_example(checkpoint, model, tokenizer)
+    return CARD.format(
+        run=checkpoint["run"], n_labels=len(labels), version=found or "unknown", licence=licence,
+        data=f"{data} The licence of the pretrained encoder holds too.",
+        scores=text or "None: the run had no validation rows.", negative=labels[0],
+        template=", ".join(f"{k} `{v}`" for k, v in checkpoint["template"].items()),
+        onnx=ONNX.format(len(labels), labels[0]) if onnx else "", sentence=SENTENCE,
+        pooler=POOLER if hasattr(model.encoder, "pooler") else "",
+        max_length=checkpoint["max_length"], pad_id=model.pad_id, example=example, how=how,
+        inputs="\n".join(_described_inputs(model)),
+    )  # fmt: skip
+
+
+def _worked_example(checkpoint: dict, model: RelationModel, tokenizer) -> tuple[str, str]:
+    """(texts and inputs of EXAMPLE as lines of JSON, how the tokenizer makes ids of the texts)."""
+    template = Template(**checkpoint["template"])
+    examples, _ = encode([EXAMPLE], template, tokenizer, checkpoint["labels"], max_length=512)
+    found = template.render(EXAMPLE, tokenizer.sep_token or tokenizer.eos_token or "")
+    texts = {"prompt": found.before, "sentence": found.text + found.after}
+    inputs = {name: array[0].tolist() for name, array in padded(examples, model).items()}
+    lines = [f' "{k}": {json.dumps(v, ensure_ascii=False)}' for k, v in (texts | inputs).items()]
+    segments = {name: text for name, text in texts.items() if text}
+    how = f"`tokenizer({', '.join(segments)})` gives "
+    if tokenizer(*segments.values())["input_ids"] == inputs["input_ids"]:
+        return ",\n".join(lines), how + "these `input_ids`."
+    how += "other `input_ids`: tokenize each text with `add_special_tokens=False`, and add the "
+    return ",\n".join(lines), how + "special tokens as above."
+
+
+def _described_inputs(model: RelationModel) -> list[str]:
+    """A row of the card's table for each input."""
+    token, marker = ("last", "closing") if model.is_causal else ("first", "opening")
+    types = ", ".join(f"{number} {type_}" for number, type_ in enumerate(TYPES, 1))
+    second = f"the numbers of their types ({types}), 0 for others and elsewhere"
+    if len(model.entity_embeddings) < 2:
+        second = "no effect"
+    content = {
+        "input_ids": "tokens of prompt and sentence",
+        "attention_mask": "1 for tokens, 0 for padding",
+        "token_type_ids": "the tokenizer's numbers of the segments; 0 if it gives none",
+        "markers": f"position of the {token} token of the subject's {marker} marker (without one, "
+        "of its word), then of the object's",
+        "entities": "the first row has 1 at the tokens of the subject's word (or of what replaces "
+        "it), 2 at the object's, 0 elsewhere; where they overlap, the shorter one's number; the "
+        f"second has {second}",
+    }
     # the second dimension is 2 where it does not vary
     shapes = {name: sorted(({1: 2} | x).items()) for name, x in input_shapes(model).items()}
-    inputs = [f"`{name}` ({', '.join(str(n) for _, n in x)})" for name, x in shapes.items()]
-    described = ONNX.format(inputs=", ".join(inputs), pad_id=model.pad_id, n_labels=len(labels))
-    return CARD.format(
-        run=checkpoint["run"], n_labels=len(labels), version=found or "unknown",
-        licence_tag="license: cc-by-sa-4.0\n" if is_klue else "",
-        data=klue if is_klue else other,
-        scores=text or "None: the run had no validation rows.",
-        template=", ".join(f"{k} `{v}`" for k, v in checkpoint["template"].items()),
-        onnx=described if onnx else "",
-    )  # fmt: skip
+    return [
+        f"| `{name}` | {', '.join(str(n) for _, n in shape)} | {content[name]} |"
+        for name, shape in shapes.items()
+    ]

@@ -47,8 +47,8 @@ def parse_arguments() -> argparse.Namespace:
         "several are averaged")  # fmt: skip
     add("--data", help="file to predict, a folder with test_data.csv, or hub:OWNER/NAME@REVISION"
         "[:CONFIG][/SPLIT] (default: the first run's data folder)")  # fmt: skip
-    add("--out", help="CSV to write, replaced if it exists (default: out/<run>.csv; "
-        "out/<A>+<B>.csv, out/<A>+2.csv)")  # fmt: skip
+    add("--out", help="CSV to write, replaced if it exists (default: out/<run>.csv, "
+        "of a folder of --export out/<folder>.csv; out/<A>+<B>.csv, out/<A>+2.csv)")  # fmt: skip
     add("--skip-bad-rows", action="store_true",
         help="leave bad rows out; otherwise the first is an error")  # fmt: skip
     add("--label-order", metavar="ORDER",
@@ -188,9 +188,14 @@ def default_output(runs: list[str]) -> Path:
 def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Worker):
     """Predict a file and write a submission, or triples."""
     about, log = [model.content for model in predictor.models], log_of(worker)
-    path = data_file(arguments.data or about[0]["data"], "test_data")
+    data = arguments.data or about[0]["data"]
+    if not data:
+        raise InputError("--data: expected a file: an exported model does not know its data")
+    path = data_file(data, "test_data")
     triples_out = arguments.triples and Path(arguments.triples)
-    out = triples_out or Path(arguments.out or default_output([run["run"] for run in about]))
+    paths = map(Path, predictor.paths)  # a folder of --export has its own name, not the run's
+    runs = [x.resolve() if x.is_dir() else run["run"] for x, run in zip(paths, about)]
+    out = triples_out or Path(arguments.out or default_output(runs))
     as_csv = triples_out and out.suffix.lower() == ".csv"
     outs = [out, out.with_suffix(".nodes.csv")] if as_csv else [out]
     read = {Path(file).resolve() for file in (path, *arguments.checkpoints)}
@@ -302,7 +307,7 @@ def main():
         transformers.logging.set_verbosity_error()  # it warns of weights that we do not use
         transformers.logging.disable_progress_bar()
         export(load_checkpoint(arguments.checkpoints[0]), Path(arguments.export), print)
-        print(f"{arguments.export}: {arguments.checkpoints[0]}; upload it with")
+        print(f"wrote {arguments.export} from {arguments.checkpoints[0]}; upload it with")
         print(f"  hf upload OWNER/NAME {shlex.quote(arguments.export)}")
         return
     with process_group(arguments.amp, arguments.device) as worker:

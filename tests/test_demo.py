@@ -90,6 +90,23 @@ def test_the_package_that_is_missing_is_named(call, checkpoint, monkeypatch):
     assert refused == f"demo.py: {expected}\n"
 
 
+def test_a_port_that_is_none_is_one_line(call, checkpoint):
+    for port in (0, 99999):
+        refused = call(demo, checkpoint, "--port", port, code=2).err
+        assert refused == f"demo.py: --port: found {port}, expected 1 to 65535\n"
+
+
+def test_the_help_names_folders_and_the_page_has_no_installation(call, predictor):
+    gradio = pytest.importorskip("gradio", reason=NEEDS)
+    assert "runs, or folders of --export" in call(demo, "-h").out
+    blocks = demo.page(predictor).blocks.values()
+    (text,) = (block.value for block in blocks if isinstance(block, gradio.Markdown))
+    assert "The bars are for subject and object; if there are none" in " ".join(text.split())
+    assert not {"pip", "requirements-dev.txt"} & {*text.split()}
+    (table,) = (block.label for block in blocks if isinstance(block, gradio.Dataframe))
+    assert table == "All entities: relations of at least the probability set above"
+
+
 def test_it_is_short():
     assert len((ROOT / "demo.py").read_text(encoding="utf-8").splitlines()) < 120
 
@@ -110,8 +127,13 @@ def test_two_words_are_marked_with_the_mouse_and_the_top_relation_is_read(predic
             page = browser.new_page(viewport={"width": 1100, "height": 1200})
             page.set_default_timeout(30_000)
             page.goto(url)
-            page.get_by_label("Sentence").fill("박준호는 부산에 산다.")
-            page.get_by_label("Sentence").press("Enter")
+            sentence = page.get_by_label("Sentence")
+            texts = ["".join(token for token, _ in example) for example in demo.EXAMPLES]
+            playwright.expect(sentence).to_have_value(texts[0], timeout=30_000)
+            page.get_by_text(texts[1]).click()
+            playwright.expect(sentence).to_have_value(texts[1], timeout=30_000)
+            sentence.fill("박준호는 부산에 산다.")
+            sentence.press("Enter")
             page.wait_for_function(
                 "document.querySelector('#marked').innerText.trim() == '박준호는 부산에 산다.'"
             )

@@ -1,12 +1,14 @@
 """infer.py --export: the folder predicts as its checkpoint does, here and under onnxruntime."""
 
 import json
+import os
 import re
 import resource
 import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,11 @@ from checkpoint import load_checkpoint, restore, save_checkpoint
 from common import InputError
 from data import KLUE_LABELS, Template
 from encoder import load_encoder, load_tokenizer
-from export import export, padded, write_onnx
+from export import EXAMPLE, export, model_card, padded, write_onnx
 from metrics import scale_negative
 from model import RelationModel, predict
 from predictor import Predictor
+from sample.tiny_encoder import make_tiny_encoder
 from tests.helpers import CPU, ROOT, encoder_of, examples_of, write_rows
 from tokens import encode
 
@@ -66,7 +69,7 @@ def run_onnx(path, inputs):
 def test_a_folder_predicts_as_its_checkpoint(call, checkpoint, rows, tmp_path):
     printed = call(infer, checkpoint, "--export", "folder").out
     assert printed.endswith(
-        f"folder: {checkpoint}; upload it with\n  hf upload OWNER/NAME folder\n"
+        f"wrote folder from {checkpoint}; upload it with\n  hf upload OWNER/NAME folder\n"
     )
     write_rows(tmp_path / "test.csv", rows[:20])
     files = []
@@ -94,24 +97,143 @@ def test_nothing_in_the_folder_names_a_private_path(checkpoint, encoder_folder, 
     for path in exported.iterdir():
         for private in (checkpoint.parent, encoder_folder):
             assert str(private).encode() not in path.read_bytes(), path
-    assert json.loads((exported / "relation.json").read_text())["data"] == "data"
+    assert json.loads((exported / "relation.json").read_text())["data"] == ""
 
 
 def test_the_model_card_has_scores_version_and_licence(checkpoint, exported, tmp_path):
-    card = (exported / "README.md").read_text(encoding="utf-8")
-    for text in ("license: cc-by-sa-4.0", "# my-run", "micro F1 70.00  AUPRC 60.00",
-                 "Version: content abc.", "CC BY-SA 4.0"):  # fmt: skip
-        assert text in card
+    """Only KLUE-RE of the hub is known to have KLUE's licence: the demo has its labels too."""
+    card = huggingface_hub.ModelCard.load(exported / "README.md")
+    assert (card.data.language, card.data.license) == ("ko", None)
+    add = "Add the name and the licence of the training data here, and the licence above."
+    for text in ("# my-run", "micro F1 70.00  AUPRC 60.00", "Version: content abc.", add,
+                 "The labels are KLUE-RE's"):  # fmt: skip
+        assert text in card.text
+    assert "CC BY" not in card.text
     content = load_checkpoint(checkpoint)
+    restored = restore(content)
+    content |= {"data": "hub:klue/klue@1:re", "version": {"revision": "1", "content": "abc"}}
+    card = huggingface_hub.ModelCard(model_card(content, *restored, onnx=True))
+    assert card.data.license == "cc-by-sa-4.0"
+    assert "KLUE-RE (`hub:klue/klue@1:re`), under CC BY-SA 4.0." in card.text
+    assert "Version: revision 1, content abc." in card.text
     content |= {"labels": [f"label {i}" for i in range(30)], "scores": {"step": 7}}
-    content |= {"data": "hub:a/b@1", "version": {"revision": "1", "content": "abc"}}
+    card = huggingface_hub.ModelCard(model_card(content, *restored, onnx=True))
+    assert card.data.license is None
+    assert "KLUE-RE's" not in card.text
+    for text in (add, "None: the run had no validation rows.", "the scaling of `label 0`\nand the"):
+        assert text in card.text
     export(content, tmp_path / "other", print)
-    card = (tmp_path / "other/README.md").read_text(encoding="utf-8")
-    assert "license" not in card
-    assert "Add the name and the licence of the data here." in card
-    assert "None: the run had no validation rows." in card
-    assert "Version: revision 1, content abc." in card
-    assert json.loads((tmp_path / "other/relation.json").read_text())["data"] == "hub:a/b@1"
+    about = json.loads((tmp_path / "other/relation.json").read_text())
+    assert about["data"] == "hub:klue/klue@1:re"
+
+
+def worked_example(card: str) -> dict:
+    return json.loads(re.search(r"^```json\n(.*?)^```", card, re.MULTILINE | re.DOTALL)[1])
+
+
+def test_the_inputs_of_the_card_give_our_probabilities(exported):
+    """Built with the exported tokenizer and ONNX's runtime alone."""
+    pytest.importorskip("onnx", reason=NEEDS)
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    example = worked_example(card)
+    assert "`tokenizer(prompt, sentence)` gives these `input_ids`." in card
+    texts = example.pop("prompt"), example.pop("sentence")
+    assert texts[1].startswith("@ * person * 한태영 @ 의 생가가 있는 # ^ location ^ 인천 # 에는")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    built = dict(tokenizer(*texts))
+    assert set(built) == {"input_ids", "token_type_ids", "attention_mask"}
+    assert built == {name: example[name] for name in built}
+    tokens = np.array(tokenizer.convert_ids_to_tokens(example["input_ids"]))
+    assert tokens[example["markers"]].tolist() == ["@", "#"]
+    for row, numbers in zip(example["entities"], ((1, 2), (1, 3))):  # PER, LOC
+        words = ["".join(tokens[np.array(row) == n]).replace("##", "") for n in numbers]
+        assert words == ["한태영", "인천"]
+        assert {*row} == {0, *numbers}
+    types = "1 PER, 2 ORG, 3 LOC, 4 DAT, 5 POH, 6 NOH"
+    assert f"({types}), 0 for others and elsewhere" in card
+    assert types in (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    found = run_onnx(exported / "model.onnx", {k: np.array([v]) for k, v in example.items()})
+    ours, _ = Predictor(exported, amp="off").probabilities([EXAMPLE])
+    np.testing.assert_allclose(found, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"prompt": "none"}, {"prompt": "s_sep_o"},
+                                     {"prompt": "problem", "marker": "none"}])  # fmt: skip
+def test_the_texts_of_the_card_give_its_ids(checkpoint, options):
+    content = load_checkpoint(checkpoint)
+    model, tokenizer = restore(content)
+    content["template"] |= options
+    card = model_card(content, model, tokenizer, onnx=True)
+    example = worked_example(card)
+    texts = [text for text in (example["prompt"], example["sentence"]) if text]
+    assert f"`tokenizer({'prompt, ' * (len(texts) - 1)}sentence)` gives these" in card
+    assert tokenizer(*texts)["input_ids"] == example["input_ids"]
+
+
+def test_the_card_of_a_decoder(checkpoint):
+    """Its tokenizer puts no separator between the segments, and the states are at the ends."""
+    content = load_checkpoint(checkpoint)
+    _, tokenizer = restore(content)
+    model = RelationModel(encoder_of("llama"), 30, head="entity", entity_embedding="plain")
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.eos_token = "[SEP]"
+    card = model_card(content, model, tokenizer, onnx=True)
+    example = worked_example(card)
+    assert "`tokenizer(prompt, sentence)` gives other `input_ids`: tokenize each text with" in card
+    ids = [tokenizer(example[name], add_special_tokens=False)["input_ids"]
+           for name in ("prompt", "sentence")]  # fmt: skip
+    assert [*ids[0], tokenizer.eos_token_id, *ids[1]] == example["input_ids"]
+    tokens = np.array(tokenizer.convert_ids_to_tokens(example["input_ids"]))
+    assert example["markers"] == [np.flatnonzero(tokens == x)[-1] for x in "@#"]  # the closing ones
+    assert "the last token of the subject's closing marker" in card
+    assert "the second has no effect" in card
+    assert "pooler" not in card
+
+
+def test_the_example_of_the_card_runs_as_it_stands(exported, monkeypatch, capsys):
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(exported)
+    exec(code, {})
+    assert capsys.readouterr().out.split()[0] in KLUE_LABELS
+    assert 'the repository "Korean relation extraction on KLUE-RE"' in card
+    assert "# Korean relation extraction on KLUE-RE\n" in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-r", "electra"])
+def test_the_card_says_how_to_leave_out_the_pooler(checkpoint, family, tmp_path, caplog):
+    content, model = load_checkpoint(checkpoint), RelationModel(encoder_of(family), 30)
+    _, tokenizer = restore(content)
+    card = model_card(content, model, tokenizer, onnx=True)
+    has_none = 'AutoModel.from_pretrained(".", add_pooling_layer=False)' in card
+    assert has_none == (family != "electra")
+    model.encoder.save_pretrained(tmp_path)
+    options = {"add_pooling_layer": False} if has_none else {}
+    _, about = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True, **options)
+    assert not about["missing_keys"]
+
+
+def test_the_files_have_the_modes_of_the_umask(checkpoint, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export(load_checkpoint(checkpoint), tmp_path / "out", print)
+        make_tiny_encoder(str(tmp_path / "tiny"), ["가"], seed=0)
+    finally:
+        os.umask(before)
+    for path in [*(tmp_path / "out").iterdir(), *(tmp_path / "tiny").iterdir()]:
+        assert path.stat().st_mode & 0o777 == 0o640, path
+
+
+def test_an_exported_model_does_not_know_its_data(call, checkpoint, rows, tmp_path):
+    """Not the folder data that happens to be there; nor does it replace the run's predictions."""
+    export(load_checkpoint(checkpoint), tmp_path / "v2", print)
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data/test_data.csv", rows[:3])
+    refused = call(infer, "v2", code=2).err
+    expected = "--data: expected a file: an exported model does not know its data"
+    assert refused == f"infer.py: {expected}\n"
+    assert "out/v2.csv: 3 rows" in call(infer, "v2", "--data", "data").out
+    assert "out/v2+my-run.csv: 3" in call(infer, "v2", checkpoint, "--data", "data").out
 
 
 def test_an_older_checkpoint_has_no_temperature(checkpoint, tmp_path, rows):
@@ -132,9 +254,9 @@ def test_a_folder_with_files_is_left_alone(call, checkpoint, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/README.md").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name in ("mine", "file"):
+    for name, found in (("mine", "files in it"), ("file", "a file")):
         refused = call(infer, checkpoint, "--export", name, code=2).err
-        assert f"--export {name}: found it, expected a new or an empty folder" in refused
+        assert f"--export {name}: found {found}, expected a new or an empty folder" in refused
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
     for more, expected in (
         (("--data", "x"), "--data: --export predicts nothing"),
