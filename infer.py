@@ -166,6 +166,16 @@ def row_from_options(arguments: argparse.Namespace, predictor: Predictor, log):
     return Row("0", sentence, *entities, None, "", "--sentence")
 
 
+def predict_sentence(arguments: argparse.Namespace, predictor: Predictor, worker: Worker):
+    """Print the five most probable relations of --sentence."""
+    log = log_of(worker)
+    row = row_from_options(arguments, predictor, log)
+    (probs,), n_truncated = predictor.probabilities([row])
+    note(predictor, n_truncated, [row], log)
+    for i in np.argsort(-probs)[:5]:
+        log(f"{probs[i]:.4f}  {predictor.labels[i]}")
+
+
 # --- a file -----------------------------------------------------------------------------------
 
 
@@ -185,68 +195,73 @@ def default_output(runs: list[str]) -> Path:
     return Path("out") / f"{name}.csv"
 
 
-def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Worker):
-    """Predict a file and write a submission, or triples."""
-    about, log = [model.content for model in predictor.models], log_of(worker)
+def choose_files(arguments: argparse.Namespace, predictor: Predictor) -> tuple[Path, list[Path]]:
+    """(file to predict, files to write). InputError if they are not of the expected kind."""
+    about = [model.content for model in predictor.models]
     data = arguments.data or about[0]["data"]
     if not data:
         raise InputError("--data: expected a file: an exported model does not know its data")
     path = data_file(data, "test_data")
-    triples_out = arguments.triples and Path(arguments.triples)
-    paths = map(Path, predictor.paths)  # a folder of --export has its own name, not the run's
-    runs = [x.resolve() if x.is_dir() else run["run"] for x, run in zip(paths, about)]
-    out = triples_out or Path(arguments.out or default_output(runs))
-    as_csv = triples_out and out.suffix.lower() == ".csv"
-    outs = [out, out.with_suffix(".nodes.csv")] if as_csv else [out]
-    read = {Path(file).resolve() for file in (path, *arguments.checkpoints)}
-    writes = (".csv", ".jsonl") if triples_out else (".csv",)
-    option = "--triples" if triples_out else "--out"
-    if out.suffix.lower() in {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx"} - {*writes}:
-        raise InputError(f"{option} {out}: expected the name of a {' or '.join(writes)} file")
-    if triples_out and path.suffix.lower() in (".csv", ".tsv"):
+    if arguments.triples and path.suffix.lower() in (".csv", ".tsv"):
         expected = "JSON lines, a JSON list or Parquet with sentence and entities"
         raise InputError(f"--triples: {path}: found {path.suffix}, expected {expected}")
+    paths = map(Path, predictor.paths)  # a folder of --export has its own name, not the run's
+    runs = [x.resolve() if x.is_dir() else run["run"] for x, run in zip(paths, about)]
+    out = Path(arguments.triples or arguments.out or default_output(runs))
+    option, kinds = ("--triples", [".csv", ".jsonl"]) if arguments.triples else ("--out", [".csv"])
+    suffix = out.suffix.lower()
+    if suffix in {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx"} - {*kinds}:
+        raise InputError(f"{option} {out}: expected the name of a {' or '.join(kinds)} file")
+    outs = [out, out.with_suffix(".nodes.csv")] if arguments.triples and suffix == ".csv" else [out]
+    read = {Path(file).resolve() for file in (path, *arguments.checkpoints)}
     for file in outs:
         if file.exists() and not file.is_file():
             found = "a folder" if file.is_dir() else "a device or a pipe"
             raise InputError(f"{file}: expected the name of a file, found {found}")
         if file.resolve() in read:
             raise InputError(f"{option} {file}: expected another file than those that are read")
-    make, columns = (text_of, ("sentence",)) if triples_out else (row_of, NEEDED)
+    return path, outs
+
+
+def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Worker):
+    """Predict a file in chunks and write a submission, or triples."""
+    path, outs = choose_files(arguments, predictor)
+    as_triples, as_csv, log = bool(arguments.triples), len(outs) == 2, log_of(worker)
+    make, columns = (text_of, ("sentence",)) if as_triples else (row_of, NEEDED)
     n_rows = sum(1 for _ in read_records(path, columns))
-    size = bulk.chunk_size(n_rows, worker, of_texts=bool(triples_out))
-    options = [size, arguments.skip_bad_rows, arguments.threshold, len(outs), str(triples_out)]
+    size = bulk.chunk_size(n_rows, worker, of_texts=as_triples)
+    options = [size, arguments.skip_bad_rows, arguments.threshold, len(outs), as_triples]
     parts = bulk.Parts(outs, bulk.key_of(path, predictor, *options), worker, log)
     skipped = bulk.Skipped() if arguments.skip_bad_rows else None
-    chunks = read_chunks(path, make, size, skipped, log, not triples_out, predictor.check)
+    chunks = read_chunks(path, make, size, skipped, log, not as_triples, predictor.check)
     seen = Seen(arguments.label_order, predictor, log)
-    chunks = seen.texts(chunks) if triples_out else seen.rows(chunks)
+    chunks = seen.texts(chunks) if as_triples else seen.rows(chunks)
 
     def predict_chunk(rows):
         progress = worker.rank == 0
-        if triples_out:
+        if as_triples:
             return bulk.triples(rows, predictor, arguments.threshold, as_csv, progress)
         return bulk.predictions(rows, predictor, progress)
 
     n_chunks = bulk.predict_chunks(chunks, predict_chunk, parts, worker, n_rows, size)
     if worker.rank > 0:
         return
-    headers = [""] if triples_out else [bulk.PREDICTIONS]
+    headers = [""] if as_triples else [bulk.PREDICTIONS]
     n_truncated = parts.join(list(bulk.NEO4J) if as_csv else headers, n_chunks)
     note(predictor, n_truncated, [], log)
     found = f"{seen.n} rows of {path}"
-    if triples_out:
+    if as_triples:
         with open(outs[0], encoding="utf-8", newline="") as file:
             n_triples = sum(1 for _ in (csv.reader(file) if as_csv else file)) - as_csv  # a header
         found = f"{n_triples} triples of {found}"
-        if seen.left_out:
-            why = "no training row has a relation between their types, or they have one span"
-            log(f"left out {seen.left_out} of {seen.n_pairs} pairs of entities: {why}")
+    if seen.left_out:
+        why = "no training row has a relation between their types, or they have one span"
+        log(f"left out {seen.left_out} of {seen.n_pairs} pairs of entities: {why}")
     print(f"{' and '.join(map(str, outs))}: {found}")
     if skipped:
         more = [f"and {skipped.n - len(skipped)} more"] if skipped.n > len(skipped) else []
         print(f"left out {skipped.n} bad rows:", *skipped, *more, sep="\n  ")
-    if scores := seen.scores(out):
+    if scores := seen.scores(outs[0]):
         print(scores)
 
 
@@ -316,16 +331,8 @@ def main():
         calibrated = bool(arguments.sentence or arguments.triples)
         options = arguments.device, amp, arguments.max_tokens, calibrated
         predictor = Predictor(arguments.checkpoints, *options)
-        if not arguments.sentence:
-            predict_file(arguments, predictor, worker)
-            return
-        row = row_from_options(arguments, predictor, log_of(worker))
-        probs, n_truncated = predictor.probabilities([row])
-        note(predictor, n_truncated, [row], log_of(worker))
-        probs = probs[0]
-        if worker.rank == 0:
-            for i in np.argsort(-probs)[:5]:
-                print(f"{probs[i]:.4f}  {predictor.labels[i]}")
+        predict = predict_sentence if arguments.sentence else predict_file
+        predict(arguments, predictor, worker)
 
 
 if __name__ == "__main__":
