@@ -87,10 +87,10 @@ class Parts:
     def _lock(self):
         """Lock the folder until this object or the process ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.descriptor = os.open(self.folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             message = "another process is writing it; wait, or use another name"
             raise InputError(f"{self.outs[0]}: {message}") from error
