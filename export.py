@@ -272,8 +272,9 @@ print(result["label"], result["probability"])
 
 The input is a prompt and the sentence with its markers: the two segments of the tokenizer, or one
 if the prompt is empty. The template is {template}.
-`Predictor` shortens an input to {max_length} tokens. The row above becomes, without the dimension
-of the batch:
+The section "Input" of docs/model.md in the repository has its rules: the names of the types, the
+particles of the prompt, the spaces. `Predictor` shortens an input to {max_length} tokens. The row
+above becomes, without the dimension of the batch:
 
 ```json
 {{

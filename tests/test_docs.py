@@ -100,8 +100,8 @@ def test_web_service(folder, monkeypatch):
     found = app.post("/triples", json={"sentence": row["sentence"],
                                        "entities": [row["subject"], row["object"]]})  # fmt: skip
     assert found.json()[0]["subject"] in (
-        {"word": "조동제", "start": 0, "end": 2, "type": "PER"},
-        {"word": "문서연", "start": 5, "end": 7, "type": "PER"},
+        {"word": "조동제", "start_idx": 0, "end_idx": 2, "type": "PER"},
+        {"word": "문서연", "start_idx": 5, "end_idx": 7, "type": "PER"},
     )
 
 
