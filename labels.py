@@ -88,7 +88,7 @@ class Suspects(NamedTuple):
     rows: list[Row]
     labels: list[str]
     probs: dict[str, np.ndarray]  # {id: probabilities (C,)}, of the rows that have some
-    issues: dict[str, float]  # {id: quality of the label, 0 to 1}, worst first
+    issues: dict[str, float]  # {id: probability of the label}, worst first
     confusions: list[dict]  # table: how often which label is another
     alike: list[tuple[float, Row, Row]]  # (similarity, rows with different labels), most first
     rare: list[tuple[int, Row]]  # (rows of its label with its types, row), fewest first
@@ -101,10 +101,10 @@ class Suspects(NamedTuple):
 def find_suspects(rows: list[Row], labels: list[str], file: Predictions) -> Suspects:
     """The suspects among `rows` with different ids; `file` has the probabilities of some of them.
 
-    Confident learning (Northcutt et al. 2021) by the cleanlab library: a row is an issue if another
-    label than its own is the most probable of those whose probability is at least the mean over the
-    rows of that label. Pruning by noise rates, cleanlab's default, rounds the numbers of such rows
-    for each pair of labels, and loses the errors of the many pairs that are rare.
+    By the cleanlab library. A row is an issue if its label is not the most probable one. The worst
+    one's label is the least probable: docs/experiments.md has other choices and orders. Confusions
+    are those of confident learning (Northcutt et al. 2021): a row counts for the most probable of
+    the labels whose probability is at least the mean over the rows of that label.
 
     InputError unless the rows with probabilities have at least two labels.
     """
@@ -117,9 +117,9 @@ def find_suspects(rows: list[Row], labels: list[str], file: Predictions) -> Susp
         found = f"found {labels[gold[0]]} as the label of all {len(gold)} rows"
         raise InputError(f"{file.path}: {found}, expected at least two labels")
     joint = cleanlab.count.compute_confident_joint(gold, probs, calibrate=False)
-    how = {"filter_by": "confident_learning", "return_indices_ranked_by": "normalized_margin"}
+    how = {"filter_by": "predicted_neq_given", "return_indices_ranked_by": "self_confidence"}
     order = cleanlab.filter.find_label_issues(gold, probs, **how, n_jobs=1)
-    quality = cleanlab.rank.get_label_quality_scores(gold, probs, method="normalized_margin")
+    quality = cleanlab.rank.get_label_quality_scores(gold, probs, method="self_confidence")
     n_rows, confusions = np.bincount(gold, minlength=len(labels)), []
     for given, likely in np.argwhere((joint > 0) & ~np.eye(len(labels), dtype=bool)):
         n = joint[given, likely]
@@ -201,7 +201,7 @@ def sections(suspects: Suspects) -> list[Section]:
 def write_suspects(path: str | Path, suspects: Suspects) -> int:
     """Write the suspects as a CSV file for train.py --drop or --relabel; returns their number.
 
-    The rows that confident learning finds come first, the worst at the top.
+    The rows whose label is not the most probable come first, the worst at the top.
     """
     signs = {row_id: ["probabilities"] for row_id in suspects.issues}
     for row in [row for _, *pair in suspects.alike for row in pair]:
@@ -247,8 +247,8 @@ def report_folds(arguments: argparse.Namespace):
 def report_labels(arguments: argparse.Namespace):
     """List the rows of a training file whose label is probably wrong.
 
-    By confident learning on out-of-fold probabilities; near-duplicates whose labels differ; types
-    that a label almost never has. Writes rows.csv, to edit and to use with train.py.
+    By out-of-fold probabilities; near-duplicates whose labels differ; types that a label almost
+    never has. Writes rows.csv, to edit and to use with train.py.
     """
     path, out = arguments.file, Path(arguments.out)
     rows = with_label_names(read_rows(path), arguments.label_order)

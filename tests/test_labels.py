@@ -161,11 +161,16 @@ def test_planted_errors_are_found_and_corrected(call, tmp_path, rows):
     lines = [x for x in read(tmp_path / "runs/labels/rows.csv") if "probabilities" in x["found_by"]]
     found = [line["id"] for line in lines]
     assert len(ids & set(found)) / len(found) > 0.9  # precision
-    assert len(ids & set(found)) / len(ids) > 0.6  # recall: of probabilities above the mean
+    assert len(ids & set(found)) / len(ids) > 0.6  # recall
     label_of = {row.id: row.label for row in rows}
     assert all(x["new_label"] == label_of[x["id"]] for x in lines if x["id"] in ids)
     quality = [float(line["quality"]) for line in lines]
     assert quality == sorted(quality)
+    probs = {r.id: p for r, p in zip(wrong, probs_near(rows))}
+    given = [probs[x["id"]][KLUE_LABELS.index(x["label"])] for x in lines]
+    np.testing.assert_allclose(quality, given, atol=1e-4)
+    assert len(found) == sum(p.argmax() != KLUE_LABELS.index(r.label)
+                             for r, p in zip(wrong, probs.values()))  # fmt: skip
     assert f"{len(lines)} of {len(rows)} rows, worst first" in printed
     page = (tmp_path / "runs/labels/index.html").read_text(encoding="utf-8")
     first = next(row for row in rows if row.id == found[0])
