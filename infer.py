@@ -280,7 +280,7 @@ class Seen:
             self.n += len(texts)
             n = sum(len(text.entities) * (len(text.entities) - 1) for text in texts)
             self.n_pairs += n
-            self.left_out += n - sum(1 for _ in self.predictor.pairs_of(texts))
+            self.left_out += n - sum(1 for text in texts for _ in self.predictor.pairs_of(text))
             yield texts
 
     def rows(self, chunks):

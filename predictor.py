@@ -85,8 +85,10 @@ class Predictor:
         self.pairs = (
             {tuple(pair) for found in pairs for pair in found} if None not in pairs else None
         )
-        known = dict.fromkeys((*TYPES, *chain.from_iterable(sorted(self.pairs or (), key=str))))
-        self.types = list(known) if set(self.labels) == set(KLUE_LABELS) else None  # None: any
+        pairs = sorted(self.pairs or (), key=str)
+        self.known_types = list(dict.fromkeys((*TYPES, *chain.from_iterable(pairs))))
+        is_klue = set(self.labels) == set(KLUE_LABELS)
+        self.types = self.known_types if is_klue else None  # None: any
 
     def _load(self, path: str) -> Model:
         level = transformers.logging.get_verbosity()
@@ -193,28 +195,27 @@ class Predictor:
         """(relations of each text, numbers of truncated rows): a relation is (number of the
         subject, label, number of the object, probability); see `triples`."""
         found, n_truncated = [[] for _ in texts], np.zeros(len(self.models), dtype=int)
-        pairs = self.pairs_of(texts)
-        while rows := list(islice(pairs, SLICE)):
-            probs, n = self.probabilities([row for _, _, _, row in rows], progress)
+        pairs = ((i, s, o) for i, text in enumerate(texts) for s, o in self.pairs_of(text))
+        while some := list(islice(pairs, SLICE)):
+            rows = [row_of_pair(texts[number], s, o) for number, s, o in some]
+            probs, n = self.probabilities(rows, progress)
             n_truncated += n
-            for (number, s, o, _), p in zip(rows, probs):
+            for (number, s, o), p in zip(some, probs):
                 best = p.argmax()
                 if best and p[best] >= threshold:  # the first label means no relation
                     found[number].append((s, self.labels[best], o, float(p[best])))
         return found, n_truncated.tolist()
 
-    def pairs_of(self, texts: list[Text]):
-        """Yield (number of the text, of the subject, of the object, row) for each ordered pair that
-        may have a relation."""
-        # The pairs of the training rows tell nothing about types that are missing or unknown.
-        known = {*TYPES, *chain.from_iterable(self.pairs or ())}
-        for number, text in enumerate(texts):
-            for s, o in permutations(range(len(text.entities)), 2):
-                subject, obj = text.entities[s], text.entities[o]
-                types, same_span = (subject.type, obj.type), subject[1:3] == obj[1:3]
-                may = self.pairs is None or types in self.pairs or not known.issuperset(types)
-                if may and not same_span:
-                    yield number, s, o, Row("", text.sentence, subject, obj, None, "", text.where)
+    def pairs_of(self, text: Text):
+        """Yield (number of the subject, of the object) for each ordered pair of entities that may
+        have a relation."""
+        for s, o in permutations(range(len(text.entities)), 2):
+            subject, obj = text.entities[s], text.entities[o]
+            types, same_span = (subject.type, obj.type), subject[1:3] == obj[1:3]
+            # The pairs of the training rows tell nothing about types that are missing or unknown.
+            is_new = not all(type_ in self.known_types for type_ in types)
+            if (self.pairs is None or types in self.pairs or is_new) and not same_span:
+                yield s, o
 
     def check(self, found: Row | Text):
         """InputError if the markers of a model need the type of an entity that has none, or one
@@ -230,6 +231,12 @@ class Predictor:
         for name, (*_, type_) in named.items():
             known = type_ in self.types if self.types else type_ is not None
             expect(known, f"{found.where}: {name}", "type", type_, expected)
+
+
+def row_of_pair(text: Text, s: int, o: int) -> Row:
+    """The row of two entities of a text, by their numbers."""
+    entities = text.entities[s], text.entities[o]
+    return Row("", text.sentence, *entities, None, "", text.where)
 
 
 def version_of(path: str | Path) -> list[tuple[str, int, int]]:

@@ -266,8 +266,8 @@ def test_pairs_without_relations_in_the_training_rows_are_skipped(checkpoint, tm
     assert {(t.subject.word, t.object.word) for t in found} <= {("인천대학교", "인천")}
     both = Predictor([tmp_path / "a.pt", tmp_path / "b.pt"])
     assert both.pairs == {("ORG", "LOC"), ("ORG", "PER"), ("DAT", "ORG")}
-    texts = [infer.text_of({"sentence": TEXT, "entities": ENTITIES}, 0, "t")[0]]
-    assert [(s, o) for _, s, o, _ in both.pairs_of(texts)] == [(0, 1), (2, 0)]
+    text, *_ = infer.text_of({"sentence": TEXT, "entities": ENTITIES}, 0, "t")
+    assert list(both.pairs_of(text)) == [(0, 1), (2, 0)]
 
 
 def test_a_run_saves_the_pairs_of_types_that_have_a_relation(call, tmp_path, encoder_folder):
@@ -285,8 +285,8 @@ def test_pairs_of_unknown_types_are_predicted_and_those_of_one_span_are_not(chec
     predictor = Predictor(tmp_path / "a.pt")
     first = {"word": "인천대학교", "start_idx": 0}
     entities = [first | {"type": "ORG"}, *ENTITIES[1:], first | {"type": "company"}]
-    texts = [infer.text_of({"sentence": TEXT, "entities": entities}, 0, "t")[0]]
-    found = [(s, o) for _, s, o, _ in predictor.pairs_of(texts)]
+    text, *_ = infer.text_of({"sentence": TEXT, "entities": entities}, 0, "t")
+    found = list(predictor.pairs_of(text))
     assert found == [(0, 1), (1, 3), (2, 3), (3, 1), (3, 2)]
     message = r"triples: entities\[3\]: type: found 'company', expected one of PER, ORG, LOC, DAT"
     with pytest.raises(InputError, match=message):
