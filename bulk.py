@@ -128,8 +128,7 @@ def predict_chunks(chunks: Iterator[list], predict_chunk: Callable, parts: Parts
     predict_chunk(rows) returns what Parts.write takes. Every process reads all chunks and predicts
     its share; an error in one of them is raised in all, so that the first one can report it.
     """
-    how = bar_options(worker.rank > 0)
-    how["delay"] = how["mininterval"]
+    how = bar_options(worker.rank > 0, delayed=True)
     number, n_done = 0, min(len(parts.done) * size, n_rows)  # for the speed of this process
     with tqdm(total=n_rows, initial=n_done, unit="row", leave=False, **how) as bar:
         while True:

@@ -11,6 +11,7 @@ import argparse
 import csv
 import difflib
 import functools
+import glob
 import importlib
 import json
 import os
@@ -48,9 +49,18 @@ def expect_new_id(row_id: str, line: int, line_of: dict[str, int], where: str):
     line_of[row_id] = line
 
 
-def bar_options(hidden: bool) -> dict:
-    """Options of a tqdm bar: twice a second on a terminal, once a minute in a log file."""
-    return {"mininterval": 0.5 if sys.stderr.isatty() else 60, "disable": hidden}
+def expand(pattern: str) -> list[str]:
+    """The files that match a pattern, sorted; itself without any, so that reading it names it."""
+    return sorted(glob.glob(pattern)) or [pattern]
+
+
+def bar_options(hidden: bool, delayed: bool = False) -> dict:
+    """Options of a tqdm bar: twice a second on a terminal, once a minute in a log file.
+
+    A `delayed` bar appears after this time, so that short work shows none.
+    """
+    interval = 0.5 if sys.stderr.isatty() else 60
+    return {"mininterval": interval, "delay": interval if delayed else 0, "disable": hidden}
 
 
 def shorten(value) -> str:

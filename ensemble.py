@@ -10,12 +10,11 @@ are an error. A hard vote counts the labels, a soft one reads the probabilities 
 """
 
 # First: it handles Ctrl-C while the others are imported.
-from common import InputError, Parser, exit_on_error, expect
+from common import InputError, Parser, exit_on_error, expand, expect
 
 # isort: split
 
 import argparse
-import glob
 import math
 import os
 import shlex
@@ -109,7 +108,7 @@ def check_output(out: str, files: list[str]):
 
 def print_selection(patterns: list[str], metric: str, soft: bool):
     """Select among files of predictions with gold labels, and print the command that votes."""
-    paths = [path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
+    paths = [path for pattern in patterns for path in expand(pattern)]
     twice = [path for path, n in Counter(map(os.path.realpath, paths)).items() if n > 1]
     if twice or len(paths) < 2:
         found = f"{twice[0]} twice" if twice else f"one file, {paths[0]}"

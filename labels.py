@@ -9,7 +9,6 @@ that it has learned, right or wrong.
 """
 
 import argparse
-import glob
 from collections import Counter
 from dataclasses import fields
 from itertools import chain, combinations
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis import type_pair
-from common import InputError, atomic_write, csv_writer, expect, optional_import, shorten
+from common import InputError, atomic_write, csv_writer, expand, expect, optional_import, shorten
 from data import find_labels, with_known_labels, with_label_names
 from metrics import (
     Predictions,
@@ -228,8 +227,7 @@ def report_folds(arguments: argparse.Namespace):
 
     Each row of the training file is then predicted by a model that was not trained on it.
     """
-    found = [sorted(glob.glob(pattern)) or [pattern] for pattern in arguments.files]
-    paths = list(chain.from_iterable(found))
+    paths = [path for pattern in arguments.files for path in expand(pattern)]
     if Path(arguments.out).resolve() in {Path(path).resolve() for path in paths}:
         raise InputError(f"--out {arguments.out}: expected another file than those that are read")
     files, labels = read_folds(paths, print)

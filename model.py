@@ -142,8 +142,7 @@ def predict(model: RelationModel, examples: list[Example], worker: Worker, max_t
     batches = batches[worker.rank :: worker.world_size]
     shape = len(examples), model.classifier.out_features
     probs = torch.zeros(*shape, dtype=torch.float64, device=worker.device)
-    how = bar_options(worker.rank > 0 or not progress)
-    how["delay"] = how["mininterval"]
+    how = bar_options(worker.rank > 0 or not progress, delayed=True)
     forward = None
     many = len(batches) >= MANY_BATCHES and not hasattr(model, "rnn")
     with worker.current_device(), worker.autocast():  # around the loop: each weight is cast once

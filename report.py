@@ -11,12 +11,11 @@
 """
 
 # First: it handles Ctrl-C while the others are imported.
-from common import InputError, Parser, exit_on_error, expect
+from common import InputError, Parser, exit_on_error, expand, expect
 
 # isort: split
 
 import argparse
-import glob
 import inspect
 import sys
 from itertools import pairwise
@@ -259,7 +258,7 @@ def report_comparison(arguments: argparse.Namespace):
     if arguments.unquoted:
         found = f"found {2 + len(arguments.unquoted)} files, expected A and B"
         raise InputError(f"compare: {found}; quote patterns, such as 'runs/a-*/valid.csv'")
-    a, b = (sorted(glob.glob(side)) or [side] for side in (arguments.a, arguments.b))
+    a, b = (expand(side) for side in (arguments.a, arguments.b))
     if in_both := set(a) & set(b):
         raise InputError(f"{min(in_both)}: found in both A and B, expected different files")
     loaded = load([*a, *b], arguments.gold, arguments.label_order)

@@ -253,7 +253,7 @@ def entity_of(found, where: str) -> Entity:
         found = {"word": found.strip()}
     elif isinstance(found, dict):
         expect_field(found, where, "word")
-        other = {"start", "end"} & {*found} - {*ENTITY_FIELDS}
+        other = {"start", "end"} & {*found}
         expect(not other, where, "offsets", sorted(other), "start_idx and end_idx (inclusive)")
     return _entity(found, where, offsets=False)
 
