@@ -111,7 +111,7 @@ def _read_folder(folder: Path, expected: str) -> dict:
 
 
 def _check_relation(path: Path, content: dict):
-    """InputError unless relation.json, which people may edit, has what a checkpoint has."""
+    """Raise InputError if relation.json lacks a key or has a wrong value: users may edit it."""
     missing = ", ".join(key for key in RELATION_KEYS if key not in content)
     expect(not missing, path, "keys", list(content), f"{missing} too")
     for key, kind in RELATION_KEYS.items():

@@ -218,8 +218,7 @@ class Predictor:
                 yield s, o
 
     def check(self, found: Row | Text):
-        """InputError if the markers of a model need the type of an entity that has none, or one
-        that no model with KLUE-RE's labels knows."""
+        """Raise InputError if the markers need types, and an entity has none or an unknown one."""
         if not self.needs_types:
             return
         if isinstance(found, Row):

@@ -206,7 +206,7 @@ def test_ten_steps_give_the_weights_of_eager_steps(
 
 @pytest.mark.parametrize("head", ["cls", "bilstm"])
 def test_steps_after_an_evaluation_train_with_dropout(encoder_folder, kernel, head):
-    """Both what was recorded before the evaluation and what is recorded after it."""
+    """In a graph that was recorded before the evaluation, and in one that is recorded after it."""
     task = relation_task(encoder_folder, head=head, dropout=0.5)
     step, batches = GraphStep(task, task.settings, EagerRecorder()), [np.arange(16), np.arange(9)]
     step.prepare(batches[:1])
@@ -263,8 +263,10 @@ def test_a_prediction_records_on_its_own_gpu(monkeypatch, kernel):
     monkeypatch.setattr(
         Worker, "current_device", lambda self: order.append("device") or nullcontext()
     )
-    recorded = lambda *a: order.append("recorder") or GraphedForward(*a, EagerRecorder())  # noqa: E731
-    monkeypatch.setattr("model.GraphedForward", recorded)
+    monkeypatch.setattr(
+        "model.GraphedForward",
+        lambda *a: order.append("recorder") or GraphedForward(*a, EagerRecorder()),
+    )
     predict(model, examples_of([5, 7]), CPU, progress=False)
     assert order == ["device", "recorder"]
 
