@@ -209,7 +209,8 @@ class Saver:
     def __init__(self, device: torch.device):
         self.is_async, self.saves, self.failed = device.type == "cuda", [], False
         self.thread = ThreadPoolExecutor(1)
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        has_gpu = self.is_async and torch.cuda.is_available()
+        self.stream = torch.cuda.Stream(device) if has_gpu else None
 
     def __call__(self, states: dict, save, *arguments):
         """Call save(*arguments, states)."""
@@ -228,7 +229,7 @@ class Saver:
         if self.failed:  # last.pt must not name a best model that was not written
             return
         if self.stream:  # its copies to the CPU wait for this moment, not for later steps
-            self.stream.wait_stream(torch.cuda.default_stream())
+            self.stream.wait_stream(torch.cuda.default_stream(self.stream.device))
         try:
             with torch.cuda.stream(self.stream):
                 save(*arguments)

@@ -128,7 +128,7 @@ MANY_BATCHES = 16  # from here on recording a graph takes less time than it save
 
 
 @torch.inference_mode()
-def predict(model: RelationModel, examples: list[Example], worker: Worker, max_tokens=16384,
+def predict(model: RelationModel, examples: list[Example], worker: Worker, max_tokens=16384, *,
             progress=True, cuda_graphs=True):  # fmt: skip
     """Probabilities (N, n_labels) in float64, in the order of the examples, on every rank.
 

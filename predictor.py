@@ -112,7 +112,7 @@ class Predictor:
         progress: show a progress bar on stderr.
         """
         mean = np.zeros((len(rows), len(self.labels)))
-        n_truncated, how = [0] * len(self.models), (self.worker, self.max_tokens, progress)
+        n_truncated, how = [0] * len(self.models), (self.worker, self.max_tokens)
         for start in range(0, len(rows), SLICE):
             some = slice(start, start + SLICE)
             with self.lock:  # a tokenizer and a model serve one thread at a time
@@ -120,7 +120,7 @@ class Predictor:
                     options = template, tokenizer, self.labels, about["max_length"]
                     examples, n = encode(rows[some], *options)
                     n_truncated[number] += n
-                    probs = predict(relation_model, examples, *how)
+                    probs = predict(relation_model, examples, *how, progress=progress)
                     probs = scale_negative(probs, about["negative_factor"])
                     if self.calibrated:
                         probs = temper(probs, about.get("temperature", 1.0))

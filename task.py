@@ -179,13 +179,9 @@ class RelationTask(Task):
 
     def evaluate(self, max_tokens: int) -> dict:
         n = len(self.valid)
-        probs = predict(
-            self.model,
-            self.valid + self.scaling,
-            self.worker,
-            max_tokens,
-            self.settings.cuda_graphs,
-        )
+        how = self.worker, max_tokens
+        graphs = self.settings.cuda_graphs
+        probs = predict(self.model, self.valid + self.scaling, *how, cuda_graphs=graphs)
         self.factor = 1.0
         if self.scaling:
             self.factor = negative_factor(probs[n:], self.negative_share)

@@ -1,6 +1,7 @@
 """ckpt.pt: what it restores, which files are rejected, and that no code in it runs."""
 
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -129,3 +130,25 @@ def test_after_a_failed_save_no_later_one_is_written():
         saver.wait()
     saver.thread.shutdown()
     assert not found
+
+
+def test_a_save_waits_for_the_gpu_that_has_the_states(monkeypatch):
+    """The current GPU of a new thread is the first one."""
+    waited = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def wait_stream(self, other):
+            waited.append(other)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    first = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=first: device)
+    saver = Saver(torch.device("cuda", 1))
+    saver({}, lambda states: None)
+    saver.wait()
+    assert waited == [torch.device("cuda", 1)]

@@ -271,6 +271,21 @@ def test_a_prediction_records_on_its_own_gpu(monkeypatch, kernel):
     assert order == ["device", "recorder"]
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_an_evaluation_records_graphs_unless_the_run_has_none(
+    encoder_folder, monkeypatch, kernel, cuda_graphs
+):
+    task, recorded = relation_task(encoder_folder, cuda_graphs=cuda_graphs), []
+    monkeypatch.setattr("model.MANY_BATCHES", 1)
+    monkeypatch.setattr("model.is_capturable", lambda *_: True)
+    monkeypatch.setattr(
+        "model.GraphedForward",
+        lambda *a: recorded.append(a) or GraphedForward(*a, EagerRecorder()),
+    )
+    task.evaluate(max_tokens=4096)
+    assert bool(recorded) == cuda_graphs
+
+
 def test_each_gpu_and_thread_records_on_a_stream_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     capture_stream.cache_clear()
