@@ -260,7 +260,7 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
     print(f"{' and '.join(map(str, outs))}: {found}")
     if skipped:
         more = [f"and {skipped.n - len(skipped)} more"] if skipped.n > len(skipped) else []
-        print(f"left out {skipped.n} bad rows:", *skipped, *more, sep="\n  ")
+        print(f"bad rows left out: {skipped.n}", *skipped, *more, sep="\n  ")
     if scores := seen.scores(outs[0]):
         print(scores)
 

@@ -102,8 +102,9 @@ def find_suspects(rows: list[Row], labels: list[str], file: Predictions) -> Susp
 
     By the cleanlab library. A row is an issue if its label is not the most probable one. The worst
     one's label is the least probable: docs/experiments.md has other choices and orders. Confusions
-    are those of confident learning (Northcutt et al. 2021): a row counts for the most probable of
-    the labels whose probability is at least the mean over the rows of that label.
+    are those of confident learning (Northcutt et al. 2021): the threshold of a label is its mean
+    probability over the rows that have it, and a row is counted under its most probable label among
+    those that reach their threshold.
 
     InputError unless the rows with probabilities have at least two labels.
     """

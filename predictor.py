@@ -55,11 +55,11 @@ class Predictor:
     """The mean of the probabilities of one or more checkpoints.
 
     device: auto (a GPU if there is one), cpu, cuda or cuda:N. amp: auto, off, bf16 or fp16, as in
-    train.py. max_tokens: tokens per batch, on a CPU at most 4096. calibrated: with the temperatures
-    of the checkpoints (older ones have none), which change no label of a single one, but maybe of
-    a mean; without, as in the files that infer.py writes. Several threads may share one. Copies in
-    other processes load the checkpoints again. Raises InputError for what is no checkpoint, for
-    checkpoints with other labels, and for bad rows.
+    train.py. max_tokens: tokens per batch, on a CPU at most 4096. calibrated: apply the
+    temperatures of the checkpoints (older ones have none); False gives the probabilities that
+    infer.py writes. Several threads may share one. Copies in other processes load the checkpoints
+    again. Raises InputError for what is no checkpoint, for checkpoints with other labels, and for
+    bad rows.
     """
 
     def __init__(self, checkpoints, device="auto", amp="auto", max_tokens=16384, calibrated=True):

@@ -48,6 +48,8 @@ class PretrainingSettings(TrainingSettings):
 
     valid: str = setting("", "data",
         "file with sentences to hold out; none: hold out none (default: a tenth)")  # fmt: skip
+    max_length: int = setting(256, "input",
+        "tokens per sentence; the end of longer ones is cut off", 64, math.inf)  # fmt: skip
     limit: int = setting(0, "data",
         "number of sentences, those held out included; 0: all", 0, math.inf)  # fmt: skip
     layer_decay: float = setting(1.0, "optimisation",
@@ -74,7 +76,7 @@ def choose_sentences(settings: TrainingSettings, log) -> tuple[list[str], list[s
     held_out = set(valid)
     sentences = [sentence for sentence in sentences if sentence not in held_out]
     if skipped:
-        log(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
+        log(f"bad rows left out: {len(skipped)}, the first: {skipped[0]}")
     if not sentences:
         raise InputError(f"{path}: no sentence is left to train on; all are held out")
     return sentences, valid, version(settings.data, rows + others)

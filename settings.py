@@ -90,7 +90,7 @@ class TrainingSettings:
     fresh: bool = setting(False, "run",
         "start over; otherwise the same command resumes from the run's last.pt", named=False)
     cuda_graphs: bool = setting(True, "run",
-        "record training steps as CUDA graphs: several times faster", named=False)
+        "record training steps and evaluations as CUDA graphs: several times faster", named=False)
     deterministic: bool = setting(False, "run",
         "bit-identical results on a GPU too; slower", named=False)
     # fmt: on
@@ -161,8 +161,8 @@ class Settings(TrainingSettings):
         "share of the negative label in test-like validation rows and predictions", 0.01, 1,
         auto="0.6 for KLUE-RE's labels, the training file's share for others")
     soft_labels: tuple[str, ...] = setting((), "data",
-        "files id,pred_label,probs whose probabilities are trained towards: of training rows and, "
-        "which are then trained on too, of rows of test_data")
+        "files id,pred_label,probs with soft targets for the rows of these ids; rows of test_data "
+        "that have some are added to the training rows")
     soft_mix: float = setting(0.5, "data",
         "share of the probabilities in the target of a training row; the rest is its label", 0, 1)
     soft_weight: float = setting(1.0, "data",

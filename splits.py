@@ -89,7 +89,7 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
             log(f"left out {n_copies} rows that repeat a validation row's id, sentence or entities")
     rows = subsample(rows, settings.limit or len(rows))
     if skipped:
-        log(f"left out {len(skipped)} bad rows, the first: {skipped[0]}")
+        log(f"bad rows left out: {len(skipped)}, the first: {skipped[0]}")
     if not rows or (not valid and settings.valid != "none"):
         found = f"{len(rows)} training rows and {len(valid)} validation rows"
         raise InputError(f"{path}: {found}, expected some of each")

@@ -1,4 +1,4 @@
-"""What the training rows are trained towards: other labels, and probabilities in place of labels.
+"""Training targets: edited labels (--drop, --relabel) and soft targets (--soft-labels).
 
     rows = edited(settings, chosen, print)                      # --drop, --relabel
     rows, targets = with_targets(settings, chosen, rows, print)  # --soft-labels
@@ -76,9 +76,9 @@ def note_others(path: str, listed, train: list[Row], log):
 def with_targets(settings: Settings, chosen: ChosenRows, rows: list[Row], log):
     """(rows, targets (N, n_labels)), or (rows, None) without --soft-labels.
 
-    A training row with probabilities is trained towards a mixture of them and its label. Rows of
-    test_data that have some follow the training rows: their targets sum to --soft-weight. The mean
-    is taken of files that have the same row. InputError for ids that are nowhere, and for
+    The target of a training row with probabilities is a mixture of them and its label. Rows of
+    test_data that have some follow the training rows: their targets sum to --soft-weight. Of files
+    that have the same row, the mean is taken. InputError for ids that are nowhere, and for
     probabilities of other labels.
     """
     if not settings.soft_labels:

@@ -33,7 +33,7 @@ class Example(NamedTuple):
     marker_ends: tuple[int, int]  # last tokens of their closing markers
     entities: np.ndarray  # (2, L): 1 subject, 2 object, else 0; 1 + number of the type or 0
     words: np.ndarray | None = None  # (L,) word number, -1 for special tokens; for pre-training
-    targets: np.ndarray | None = None  # (n_labels,) trained towards, in place of the label
+    targets: np.ndarray | None = None  # (n_labels,) soft target, in place of the label
 
 
 def encode(rows: list[Row], template: Template, tokenizer, labels: list[str], max_length: int):

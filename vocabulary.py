@@ -1,4 +1,4 @@
-"""What of the text a tokenizer does not know: an encoder cannot tell such words apart.
+"""Find the parts of a text that the tokenizer does not know: they all become one unknown token.
 
 for line in unknown_in_rows(tokenizer, rows, Template()):
     print(line)

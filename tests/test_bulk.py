@@ -194,7 +194,7 @@ def test_rows_without_types_are_bad_for_markers_that_need_them(
     expected = "test.csv:11: subject: type: found None, expected one of PER"
     assert expected in call(infer, checkpoint, "--data", "test.csv", code=2).err
     printed = call(infer, checkpoint, "--data", "test.csv", "--skip-bad-rows").out
-    assert f"left out 1 bad rows:\n  {expected}" in printed
+    assert f"bad rows left out: 1\n  {expected}" in printed
     ids = read_predictions(str(tmp_path / "out/run.csv")).ids
     assert ids == [r.id for r in rows[:20] if r is not rows[9]]
     typed = {"word": "가", "type": "PER"}
@@ -203,7 +203,7 @@ def test_rows_without_types_are_bad_for_markers_that_need_them(
     command = checkpoint, "--data", "texts.jsonl", "--triples", "a.jsonl", "--skip-bad-rows"
     printed = call(infer, *command).out
     assert "0 triples of 1 rows" in printed
-    assert "left out 1 bad rows:\n  texts.jsonl:2: entities[1]: type: found None" in printed
+    assert "bad rows left out: 1\n  texts.jsonl:2: entities[1]: type: found None" in printed
 
 
 @pytest.mark.parametrize("name", ["data", "out", "triples", "export", "sentence", "label-order"])

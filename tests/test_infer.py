@@ -126,7 +126,7 @@ def test_bad_rows_are_left_out_counted_and_named(call, checkpoint, rows, tmp_pat
     write_rows(tmp_path / "test.csv", [bad[0], *rows[:5], *bad[1:]])
     assert "test.csv:2: id: found ' '" in call(infer, checkpoint, "--data", "test.csv", code=2).err
     done = call(infer, checkpoint, "--data", "test.csv", "--skip-bad-rows")
-    assert "out/run.csv: 5 rows of test.csv\nleft out 25 bad rows:\n  test.csv:2: id: f" in done.out
+    assert "out/run.csv: 5 rows of test.csv\nbad rows left out: 25\n  test.csv:2: id: f" in done.out
     assert "\n  and 5 more\nmicro F1 " in done.out
     with open(tmp_path / "out/run.csv", encoding="utf-8", newline="") as file:
         assert [row["id"] for row in csv.DictReader(file)] == [row.id for row in rows[:5]]

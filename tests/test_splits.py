@@ -217,7 +217,7 @@ def test_bad_rows_are_an_error_unless_they_are_skipped(tmp_path, choose, kind):
     with pytest.raises(InputError, match=rf"train.csv:{len(lines) + 1}: "):
         choose(settings, messages.append)
     choose(replace(settings, skip_bad_rows=True), messages.append)
-    assert any(text.startswith("left out 1 bad rows, the first: ") for text in messages)
+    assert any(text.startswith("bad rows left out: 1, the first: ") for text in messages)
 
 
 def test_class_numbers_in_training_and_validation_files_get_their_names(tmp_path, rows):

@@ -128,7 +128,7 @@ def test_bad_rows_of_test_data_are_counted_once_with_every_split(tmp_path, rows)
         chosen = choose_rows(options, messages.append)
         with_targets(options, chosen, chosen.train, messages.append)
         (line,) = [text for text in messages if "bad rows" in text]
-        assert line.startswith(f"left out 1 bad rows, the first: {tmp_path / 'test_data.csv'}:3: ")
+        assert line.startswith(f"bad rows left out: 1, the first: {tmp_path / 'test_data.csv'}:3: ")
 
 
 def test_probabilities_are_used_if_a_later_step_changed_labels(tmp_path, chosen):
