@@ -20,6 +20,7 @@ import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from numbers import Real
 from pathlib import Path
 
@@ -200,6 +201,12 @@ def save_progress(folder: Path, content: dict, states: dict):
     save_tensors(folder / "last.pt", content | states, keep=folder / "previous.pt")
 
 
+@cache
+def save_stream(device: torch.device):
+    """One for each GPU: torch has 32 streams, so that a later one is that of a recording."""
+    return torch.cuda.Stream(device)
+
+
 class Saver:
     """Saves states: on a GPU a copy of them, in a thread, while training continues.
 
@@ -210,7 +217,7 @@ class Saver:
         self.is_async, self.saves, self.failed = device.type == "cuda", [], False
         self.thread = ThreadPoolExecutor(1)
         has_gpu = self.is_async and torch.cuda.is_available()
-        self.stream = torch.cuda.Stream(device) if has_gpu else None
+        self.stream = save_stream(device) if has_gpu else None
 
     def __call__(self, states: dict, save, *arguments):
         """Call save(*arguments, states)."""

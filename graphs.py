@@ -43,18 +43,27 @@ class CudaRecorder:
     def warm_up(self, function):
         """Run a function on the recorder's stream: libraries initialise, memory may run out."""
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            function()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                function()
+        finally:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, function):
         """A function that replays what `function` launches, and returns the same tensors."""
         graph = torch.cuda.CUDAGraph()
         # The outer context restores the stream: that of a failed capture stays the current one.
         # thread_local: the thread that saves may use CUDA meanwhile.
-        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **how):
-            result = function()
+        how = {"stream": self.stream, "capture_error_mode": "thread_local"}
+        current = torch.cuda.current_stream()
+        try:
+            with torch.cuda.stream(current), torch.cuda.graph(graph, self.pool, **how):
+                result = function()
+        except RuntimeError:
+            # torch 2.11 leaves the generator of dropout in its state of a capture; another ends it
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), **how):
+                torch.zeros((), device="cuda")
+            raise
 
         def replay():
             graph.replay()

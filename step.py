@@ -6,6 +6,7 @@
 graph_step.GraphStep is the same step with CUDA graphs.
 """
 
+import gc
 import math
 import re
 
@@ -161,6 +162,7 @@ class TrainStep:
         self.zero_grad()
         torch.cuda.empty_cache()
         self.wrapped = None  # a DistributedDataParallel interrupted in its forward is unusable
+        gc.collect()  # reference cycles keep it, and its hooks would reduce gradients too
 
     def update(self) -> torch.Tensor:
         """Clip the gradients and update the weights; a non-finite gradient skips the update."""

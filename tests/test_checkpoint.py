@@ -15,6 +15,7 @@ from checkpoint import (
     load_checkpoint,
     restore,
     save_checkpoint,
+    save_stream,
 )
 from common import InputError
 from encoder import load_encoder, load_tokenizer
@@ -148,7 +149,10 @@ def test_a_save_waits_for_the_gpu_that_has_the_states(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     first = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device=first: device)
+    save_stream.cache_clear()
     saver = Saver(torch.device("cuda", 1))
+    assert saver.stream is Saver(torch.device("cuda", 1)).stream
     saver({}, lambda states: None)
     saver.wait()
     assert waited == [torch.device("cuda", 1)]
+    save_stream.cache_clear()
