@@ -293,14 +293,16 @@ def collect(arguments, part: str, folder: str, limit: float) -> list[dict]:
     start = time.time()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, start_new_session=True)
+        problem = "interrupted"
         try:
             problem = f"exit code {code}" if (code := process.wait(limit)) else ""
         except subprocess.TimeoutExpired:
             problem = f"stopped after {limit:.0f} s"
-        for number in (signal.SIGINT, signal.SIGKILL) if problem else ():
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(10)
+        finally:  # after Ctrl-C too
+            for number in (signal.SIGINT, signal.SIGKILL) if problem else ():
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, number)
+                    process.wait(10)
         output.seek(0)
         found = [json.loads(line) for line in output if line.startswith('{"name"')]
     found.append({"name": "part", "seconds": time.time() - start, "problem": problem})
