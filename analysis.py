@@ -212,7 +212,9 @@ def group_table(heading: str, names: list[str], group: np.ndarray, predicted, go
         line = {heading: names[i], "rows": len(g), "relations": (g != 0).sum()}
         line |= dict.fromkeys(("micro F1", "from", "to"), math.nan)
         if (p != 0).any() or (g != 0).any():
-            drawn = [weighted_f1(p, g, weights) for weights in bootstrap_weights(len(g))]
+            counted = (p != 0) | (g != 0)  # in samples without any of these F1 is undefined
+            weights = bootstrap_weights(len(g))
+            drawn = [weighted_f1(p, g, w)[counted @ w > 0] for w in weights]
             line["micro F1"] = weighted_f1(p, g, np.ones(len(g)))
             line |= interval(np.concatenate(drawn))
         table.append(line | {"accuracy": 100 * (p == g).mean()})
@@ -284,6 +286,6 @@ def list_cases(which, ids, rows, gold, labels, runs) -> list[tuple[str, Row | No
         text = f"{ids[i]}: gold {labels[gold[i]]}"
         for probs, predicted in runs:
             p, label = probs[i], labels[predicted[i]]
-            text += f", predicted {label} {p.max():.2f} (gold: {p[gold[i]]:.2f})"
+            text += f", predicted {label} {p[predicted[i]]:.2f} (gold: {p[gold[i]]:.2f})"
         cases.append((text, rows[i] if rows else None))
     return cases

@@ -8,7 +8,6 @@ A killed run resumes after its last whole chunk. The processes of torchrun share
 """
 
 import fcntl
-import io
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import InputError, atomic_write, bar_options, csv_writer
+from common import InputError, atomic_write, bar_options, csv_text
 from distributed import Worker
 from predictor import Predictor, version_of
 from rows import ENTITY_FIELDS, Row, Text
@@ -188,9 +187,3 @@ def triples(texts: list[Text], predictor: Predictor, threshold: float, as_csv: b
     if not as_csv:
         return ["".join(lines)], n_truncated
     return [csv_text(edges), csv_text([id_, *node] for id_, node in nodes.items())], n_truncated
-
-
-def csv_text(records) -> str:
-    text = io.StringIO(newline="")
-    csv_writer(text).writerows(records)
-    return text.getvalue()

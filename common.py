@@ -13,6 +13,7 @@ import difflib
 import functools
 import glob
 import importlib
+import io
 import json
 import os
 import re
@@ -197,6 +198,8 @@ def atomic_write(path: str | Path, mode: str = "w", keep: Path | None = None):
     written; the old file is then unchanged.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: expected the name of a file, found a folder")
     temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: the next write replaces it
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
@@ -324,6 +327,13 @@ def csv_writer(file):
     """
     write = lambda line: file.write(line.removesuffix("\r\n") + "\n")  # noqa: E731
     return csv.writer(SimpleNamespace(write=write))
+
+
+def csv_text(records) -> str:
+    """The records as the text of a CSV file."""
+    text = io.StringIO(newline="")
+    csv_writer(text).writerows(records)
+    return text.getvalue()
 
 
 def _header(cells: list[str], columns: tuple[str, ...], where: str) -> list[str]:

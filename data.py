@@ -25,7 +25,7 @@ from common import (
     read_json,
     shorten,
 )
-from formats import HUB
+from formats import HUB, HUB_SPLIT
 from rows import COLUMNS, ENTITY_FIELDS, Entity, Row, compose, data_file, read_rows
 
 # In the order of the competition's dict_label_to_num.pkl, which the columns of `probs` follow.
@@ -253,16 +253,14 @@ def particle(word: str, pair: str) -> str:
     text = re.sub(r"[^\w%]+$", "", text)
     last = text[-1:]
     if "가" <= last <= "힣":
-        final = (ord(last) - ord("가")) % 28
-        closed, rieul = final > 0, final == 8
+        closed = (ord(last) - ord("가")) % 28 > 0
     elif last.isdigit():
-        closed, rieul = last in "013678", last in "178"  # 영 일 삼 육 칠 팔
+        closed = last in "013678"  # 영 일 삼 육 칠 팔
     elif re.search(r"(?:^|[^a-z])[A-Z]+$", text):
-        closed, rieul = last in "LMNR", last in "LR"  # read letter by letter: 엘 엠 엔 알
+        closed = last in "LMNR"  # read letter by letter: 엘 엠 엔 알
     else:
-        closed = bool(re.search(r"(?:[lmn]e?|ng|[aeiou](?:c?k|p|t))$", text, re.IGNORECASE))
-        rieul = bool(re.search(r"le?$", text, re.IGNORECASE))
-    return after_vowel if not closed or (rieul and after_consonant == "으로") else after_consonant
+        closed = re.search(r"(?:[lmn]e?|ng|[aeiou](?:c?k|p|t))$", text, re.IGNORECASE)
+    return after_consonant if closed else after_vowel
 
 
 # --- program ----------------------------------------------------------------------------------
@@ -320,6 +318,9 @@ def version(data: str, rows: list[Row]) -> dict:
 
 def download(folder: Path, hub: str):
     """Write a hub data set as train.csv, dev.csv, and test_data.csv: dev.csv without its labels."""
+    if not HUB.fullmatch(hub) or HUB_SPLIT.fullmatch(hub):
+        expected = "hub:OWNER/NAME@REVISION[:CONFIG] without a split"
+        raise InputError(f"--download: found {hub}, expected {expected}")
     for name in ("train.csv", "dev.csv", "test_data.csv"):
         if (folder / name).exists():
             raise InputError(f"{folder / name}: exists already; move it, or use another --out")

@@ -166,6 +166,9 @@ def commands(paths: list[str], weights: list[int], soft: bool) -> list[str]:
             checkpoint = str(Path(path).parent / "ckpt.pt")
             missing.append(shlex.join(["python", "infer.py", checkpoint, "--out", out]))
         outs += [out] if weight else []
+    if len(set(outs)) < len(outs):
+        found = f"found two runs with the name {Counter(outs).most_common(1)[0][0]}"
+        raise InputError(f"--select: {found}; rename the folder of one")
     chosen = [str(weight) for weight in weights if weight]
     command = ["python", "ensemble.py", *outs, *(["--soft"] if soft else [])]
     return [*missing, shlex.join([*command, "--weights", *chosen])]

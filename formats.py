@@ -25,6 +25,11 @@ HUB = re.compile(r"hub:([^@]+)@([^:@]+)(?::([^:@/]+))?")  # name or folder, revi
 HUB_SPLIT = re.compile(r"hub:[^@]+@[^:@]+(:[^:@/]+/[^:@/]+|/(train|dev|validation|test|test_data))")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
+
+class MissingSplit(InputError):
+    """A data set of the hub does not have the split."""
+
+
 # --- files ------------------------------------------------------------------------------------
 
 
@@ -129,7 +134,8 @@ def _hub_records(path: Path):
         raise InputError(f"{spec}: {message}") from error
     if split == "test_data":
         split = "test" if "test" in splits else "validation"
-    expect(split in splits, spec, "splits", sorted(splits), split)
+    if split not in splits:
+        raise MissingSplit(f"{spec}: splits: found {sorted(splits)}, expected {split}")
     label = splits[split].features.get("label")
     names = label.names if isinstance(label, datasets.ClassLabel) else None
     yield from enumerate(_with_names(splits[split], names), 1)

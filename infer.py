@@ -311,7 +311,10 @@ class Seen:
             return f"no scores: {self.unlabelled} of {self.n} rows have no label"
         if self.n > MAX_SCORED:
             return f"no scores: they take all probabilities of at most {MAX_SCORED} rows"
-        probs = read_predictions(str(out)).probs
+        try:
+            probs = read_predictions(str(out)).probs
+        except InputError as error:  # ids that repeat are searched among the first rows only
+            return f"no scores: {error}"
         return describe(score(probs, np.array(self.gold)), self.labels)
 
 

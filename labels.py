@@ -18,7 +18,16 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis import type_pair
-from common import InputError, atomic_write, csv_writer, expand, expect, optional_import, shorten
+from common import (
+    InputError,
+    atomic_write,
+    csv_text,
+    expand,
+    expect,
+    optional_import,
+    read_text,
+    shorten,
+)
 from data import find_labels, with_known_labels, with_label_names
 from metrics import (
     Predictions,
@@ -198,10 +207,11 @@ def sections(suspects: Suspects) -> list[Section]:
     return [wrong, Section("By label", "", table), confused, near, types]
 
 
-def write_suspects(path: str | Path, suspects: Suspects) -> int:
+def write_suspects(path: Path, suspects: Suspects) -> int:
     """Write the suspects as a CSV file for train.py --drop or --relabel; returns their number.
 
-    The rows whose label is not the most probable come first, the worst at the top.
+    The rows whose label is not the most probable come first, the worst at the top. InputError if
+    the file exists and has another content: somebody may have edited it.
     """
     signs = {row_id: ["probabilities"] for row_id in suspects.issues}
     for row in [row for _, *pair in suspects.alike for row in pair]:
@@ -209,14 +219,17 @@ def write_suspects(path: str | Path, suspects: Suspects) -> int:
     for _, row in suspects.rare:
         signs.setdefault(row.id, []).append("types")
     rows = {row.id: row for row in suspects.rows}
+    records = ["id label new_label found_by quality types subject object sentence".split()]
+    for row_id, found_by in signs.items():
+        row, quality = rows[row_id], suspects.issues.get(row_id, "")
+        given = [row_id, row.label, suspects.likely(row), "+".join(dict.fromkeys(found_by))]
+        words = [type_pair(row), row.subject.word, row.object.word, row.sentence]
+        records.append([*given, quality and f"{quality:.4f}", *words])
+    text = csv_text(records)
+    if path.exists() and read_text(path) != text:
+        raise InputError(f"{path}: has another content, maybe edited; move it or use another --out")
     with atomic_write(path) as file:
-        writer = csv_writer(file)
-        writer.writerow("id label new_label found_by quality types subject object sentence".split())
-        for row_id, found_by in signs.items():
-            row, quality = rows[row_id], suspects.issues.get(row_id, "")
-            given = [row_id, row.label, suspects.likely(row), "+".join(dict.fromkeys(found_by))]
-            words = [type_pair(row), row.subject.word, row.object.word, row.sentence]
-            writer.writerow([*given, quality and f"{quality:.4f}", *words])
+        file.write(text)
     return len(signs)
 
 

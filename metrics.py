@@ -105,8 +105,8 @@ def read_summary(folder: Path) -> dict:
     return summary
 
 
-def aligned(files: list[Predictions], log=print) -> list[Predictions]:
-    """The files with their rows in the order of the first; `log` is told which were not.
+def aligned(files: list[Predictions]) -> list[Predictions]:
+    """The files with their rows in the order of the first; prints which were not.
 
     Raises InputError unless all files have the same ids and C classes.
     """
@@ -120,7 +120,8 @@ def aligned(files: list[Predictions], log=print) -> list[Predictions]:
         found, expected = other.probs.shape[1], first.probs.shape[1]
         expect(found == expected, other.path, "classes", found, f"{expected} as in {first.path}")
         if other.ids != first.ids:
-            log(f"{other.path}: its rows are in another order than in {first.path}; aligned by id")
+            found = f"its rows are in another order than in {first.path}"
+            print(f"{other.path}: {found}; aligned by id")
             number = {row_id: i for i, row_id in enumerate(other.ids)}
             other = other.take([number[row_id] for row_id in first.ids])
         out.append(other)
@@ -187,7 +188,10 @@ def gold_classes(
         raise InputError(f"{file.path}: no column label; use --gold FILE with the rows' labels")
     class_of = {label: c for c, label in names.items()}
     for (place, label), (here, own_label) in zip(told or own, own or told):
-        expect(label in class_of, place, "label", label, f"one of {len(class_of)} known labels")
+        expected = f"one of {len(class_of)} known labels"
+        if len(class_of) < file.probs.shape[1]:
+            expected += f"; no row of {file.path} has the others, and its folder no summary.json"
+        expect(label in class_of, place, "label", label, expected)
         expect(label == own_label, here, "label", own_label, f"{label!r} as in {place}")
     return np.array([class_of[label] for _, label in told or own])
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import InputError, expect, expect_field, expect_new_id, is_text, parse_json, shorten
-from formats import data_file, file_in, read_records
+from formats import MissingSplit, data_file, file_in, read_records
 
 COLUMNS = ("id", "sentence", "subject_entity", "object_entity")  # label and source are optional
 NEEDED = ("sentence", "subject_entity or subject", "object_entity or object")
@@ -86,7 +86,6 @@ def read_chunks(path: str | Path, make, size: float, skipped: list[str] | None =
         try:
             if isinstance(record, InputError):
                 raise record
-            expect(isinstance(record, dict), where, "row", record, "an object")
             row_id = number if numbered else _id(record)
             row, ambiguous, composed = make(record, row_id, where)
             if check:
@@ -127,7 +126,10 @@ def rows_to_predict(data: str | Path, skipped: list[str] | None = None, log=prin
     folder = data_file(data, "train").parent
     is_hub = str(folder).startswith("hub:")
     path = data_file(folder, "test_data") if is_hub else file_in(folder, "test_data")
-    return read_rows(path, skipped, log) if path else []
+    try:
+        return read_rows(path, skipped, log) if path else []
+    except MissingSplit:
+        return []
 
 
 # --- Unicode ----------------------------------------------------------------------------------
@@ -172,8 +174,7 @@ def _located(entity: Entity, sentence: str, where: str) -> Entity:
         raise InputError(f"{where}: word {shorten(word)} starts or ends inside a composed letter")
     bounds = f"0 <= start_idx <= end_idx < {len(sentence)} (the sentence's length)"
     end = start + len(word) - 1 if entity.end is None else entity.end
-    in_sentence = 0 <= start <= end < len(sentence)
-    expect(in_sentence, where, "start_idx, end_idx", (start, end), bounds)
+    expect(0 <= start <= end < len(sentence), where, "start_idx, end_idx", (start, end), bounds)
     span = compose(sentence[start : end + 1])
     found = f"word {shorten(word)} but sentence[{start}:{end + 1}] is {shorten(span)}"
     hint = f"; end_idx is inclusive: expected {end - 1}" if span[:-1] == word else ""
@@ -306,8 +307,7 @@ def _row(record: dict, row_id, where: str) -> Row:
     """The row of a record. The labels 100 (competition) and -1 (hub) mean no label."""
     expect_field(record, where, "sentence")
     sentence, label = record["sentence"], record.get("label")
-    has_sentence = is_text(sentence) and not _is_missing(sentence)
-    expect(has_sentence, where, "sentence", sentence, "text")
+    expect(is_text(sentence) and not _is_missing(sentence), where, "sentence", sentence, "text")
     entities = [_given(record, who, where) for who in ("subject", "object")]
     has_id = type(row_id) is int or (is_text(row_id) and row_id.strip())
     expect(has_id, where, "id", row_id, ID)

@@ -72,10 +72,11 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         valid = with_label_names(valid, settings.label_order, skipped)
         valid = with_known_labels(valid, labels, skipped)
         held_out, n_rows = {row.sentence for row in valid}, len(rows)
-        rows = [row for row in rows if row.sentence not in held_out]
+        ids = {row.id for row in rows if row.sentence in held_out}
+        rows = [row for row in rows if row.id not in ids]
         if len(rows) < n_rows:
-            n = n_rows - len(rows)
-            log(f"left out {n} training rows whose sentences are in {settings.valid} too")
+            found = f"left out {n_rows - len(rows)} training rows whose sentences"
+            log(f"{found} are in {settings.valid} too, copies with their ids included")
     else:
         first = [row for row in rows if row.where not in copies]
         if settings.folds:
@@ -94,6 +95,11 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         found = f"{len(rows)} training rows and {len(valid)} validation rows"
         raise InputError(f"{path}: {found}, expected some of each")
     scaling = (like or valid) if test_like else []
+    if test_like and not scaling:
+        found = f"found no test_data and no validation rows to scale {labels[0]} on"
+        if settings.no_relation_share is not None:
+            raise InputError(f"--no-relation-share: {found}")
+        log(f"{found}: its probability is not scaled")
     return ChosenRows(rows, valid, scaling, share, labels, file_version, in_file, unlabelled)
 
 

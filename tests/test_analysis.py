@@ -17,6 +17,7 @@ from analysis import (
     group_table,
     label_table,
     length_table,
+    list_cases,
     mcnemar,
     repeat_table,
     score_table,
@@ -170,10 +171,20 @@ def test_groups_and_worst_mistakes():
     without_relations = group_table("all", ["x"], none, none, none)[0]
     assert math.isnan(without_relations["micro F1"])
     assert without_relations["accuracy"] == 100
+    one = (np.arange(60) == 0).astype(int)  # a third of the samples have no relation
+    line = group_table("all", ["x"], none.repeat(30), one, one)[0]
+    assert (line["from"], line["micro F1"], line["to"]) == (100, 100, 100)
     worst = worst_mistakes(probs, predicted, gold, 5)
     of_gold = probs[np.arange(200), gold]
     assert all(predicted[i] != gold[i] for i in worst)
     assert sorted(of_gold[predicted != gold])[:5] == of_gold[worst].tolist()
+
+
+def test_a_case_has_the_probability_of_the_predicted_label():
+    """A later step may have predicted another one than the most probable."""
+    probs, predicted = np.array([[0.7, 0.2, 0.1]]), np.array([2])
+    ((text, _),) = list_cases([0], ["x"], None, [1], ["none", "a", "b"], [(probs, predicted)])
+    assert text == "x: gold a, predicted b 0.10 (gold: 0.20)"
 
 
 # --- two models -------------------------------------------------------------------------------

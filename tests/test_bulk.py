@@ -126,6 +126,12 @@ def test_chunks_give_the_same_file_and_scores(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv", "test.csv"]
     monkeypatch.setattr(infer, "MAX_SCORED", 29)
     assert "no scores: they take" in call(infer, checkpoint, "--data", "test.csv").out
+    monkeypatch.setattr(infer, "MAX_SCORED", 100)
+    monkeypatch.setattr("rows.UNIQUE", 7)
+    monkeypatch.setattr(bulk, "CHUNK", {"cpu": 7})
+    write_rows(tmp_path / "test.csv", [*rows[:30], rows[0]])
+    printed = call(infer, checkpoint, "--data", "test.csv", "--out", "c.csv").out
+    assert "no scores: c.csv:32: id: found '0', expected a unique id; line 2 has it" in printed
 
 
 def interrupt_at(monkeypatch, number: int) -> list:

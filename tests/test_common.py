@@ -124,6 +124,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "new"
     assert (tmp_path / "b.csv").read_text() == "old"
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "b.csv"]
+    for folder in (tmp_path, ".", "/"):
+        found = "expected the name of a file, found a folder"
+        with pytest.raises(InputError, match=found), atomic_write(folder):
+            pass
     with pytest.raises(InputError, match="cannot be written"), atomic_write(path / "below"):
         pass
 

@@ -13,7 +13,7 @@ import infer
 import train
 from common import InputError
 from data import KLUE_LABELS, version
-from rows import ENTITY_FIELDS, data_file, read_rows
+from rows import ENTITY_FIELDS, data_file, read_rows, rows_to_predict
 from tests.helpers import SAMPLE, write_rows
 
 TEXT, NUMBER = datasets.Value("string"), datasets.Value("int32")
@@ -100,6 +100,17 @@ def test_a_run_stores_the_version_of_its_data(call, hub, encoder_folder, tmp_pat
         assert f"3 rows of {tmp_path / 'test_data.csv'}" in printed
 
 
+def test_a_data_set_needs_no_other_split_than_train(rows, tmp_path):
+    own = [{"sentence": r.sentence, "subject": r.subject.word, "object": r.object.word,
+            "label": r.label} for r in rows[:300]]  # fmt: skip
+    (tmp_path / "own").mkdir()
+    datasets.Dataset.from_list(own).to_parquet(tmp_path / "own/train.parquet")
+    hub = f"hub:{tmp_path / 'own'}@main"
+    assert rows_to_predict(hub, log=str) == []
+    with pytest.raises(InputError, match=r"splits: found \['train'\], expected validation"):
+        read_rows(data_file(hub, "validation"))
+
+
 def test_a_download_has_the_competitions_format(call, hub, rows, tmp_path):
     call(data, "--download", hub)
     folder = tmp_path / "data"
@@ -112,6 +123,10 @@ def test_a_download_has_the_competitions_format(call, hub, rows, tmp_path):
         assert list(table[0]) == list(next(csv.DictReader(file)))
     before = (folder / "train.csv").read_bytes()
     assert "data/train.csv: exists already" in call(data, "--download", hub, code=2).err
+    for other in (f"{hub}/train", "data/train.csv", hub.removesuffix(":re") + "/train"):
+        found = f"--download: found {other}, expected hub:OWNER/NAME@REVISION[:CONFIG] without"
+        assert found in call(data, "--download", other, "--out", "other", code=2).err
+    assert not (tmp_path / "other").exists()
     assert (folder / "train.csv").read_bytes() == before
 
     unchanged = "0 rows added (+), 0 removed (-), 0 relabelled (~)"

@@ -178,6 +178,14 @@ def test_planted_errors_are_found_and_corrected(call, tmp_path, rows):
     assert f"likely {lines[0]['new_label']}" in page
     assert '<mark class="s">' in page
 
+    again = "labels", "train.csv", "--oof", "oof.csv"
+    call(report, *again)  # the same content
+    path = tmp_path / "runs/labels/rows.csv"
+    edited = "\n".join(path.read_text(encoding="utf-8").splitlines()[:3])
+    path.write_text(edited, encoding="utf-8")
+    assert "runs/labels/rows.csv: has another content, maybe" in call(report, *again, code=2).err
+    assert path.read_text(encoding="utf-8") == edited
+
 
 def test_near_duplicates_and_rare_types_are_listed(call, tmp_path, rows):
     sentence = "서울에 본사를 둔 새한전자는 1985년 3월에 한태영이 세운 회사이다"

@@ -194,6 +194,20 @@ def test_a_submission_needs_gold_labels(folder, capsys, tmp_path, undrawn):
     assert capsys.readouterr().out.startswith(expected)
 
 
+def test_a_gold_label_that_no_row_predicts_is_named(tmp_path, capsys):
+    rows = read_rows(SAMPLE / "train.csv")[:3]
+    labels = ["none", "a", "rare"]
+    write_rows(tmp_path / "gold.csv", [r._replace(label=x) for r, x in zip(rows, labels)])
+    probs = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1]])
+    ids = [row.id for row in rows]
+    write_predictions(tmp_path / "mine.csv", ids, ["none", "a", "none"], probs)
+    with pytest.raises(SystemExit, match="2"):
+        report_main("errors", tmp_path / "mine.csv", "--gold", tmp_path / "gold.csv")
+    error = capsys.readouterr().err
+    assert "gold.csv:4: label: found 'rare', expected one of 2 known labels; no row of " in error
+    assert error.endswith("mine.csv has the others, and its folder no summary.json\n")
+
+
 def test_a_vote_is_scored_by_its_predicted_labels(tmp_path, capsys, undrawn):
     ids, gold = list("abcd"), ["no_relation", "per:title", "org:members", "org:members"]
     class_of = {label: c for c, label in enumerate(KLUE_LABELS)}

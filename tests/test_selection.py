@@ -10,6 +10,7 @@ import pytest
 
 import ensemble
 import selection
+from common import InputError
 from data import KLUE_LABELS
 from metrics import read_predictions, score, write_predictions
 from selection import Vote, select
@@ -141,6 +142,8 @@ def test_bad_input_of_a_selection_is_one_line(call, runs, tmp_path):
     assert found in refused("--select", PATTERN)
     write(tmp_path / "runs/b/valid.csv", runs["b"], None)
     assert "runs/b/valid.csv: header: found 'no column label'" in refused("--select", PATTERN)
+    with pytest.raises(InputError, match="--select: found two runs with the name out/runs-a"):
+        ensemble.commands(["x/runs/a/valid.csv", "y/runs/a/valid.csv"], [2, 1], soft=True)
     for name, probs in runs.items():
         write(tmp_path / f"few/{name}/valid.csv", probs[:19], GOLD[:19])
     found = "--select: found 19 rows, expected at least 20"

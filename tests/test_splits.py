@@ -164,7 +164,7 @@ def test_no_sentence_of_a_validation_file_is_trained_on(tmp_path, capsys):
     assert (len(chosen.valid), chosen.negative_share) == (39, 0.6)
     assert {r.sentence for r in chosen.train}.isdisjoint(r.sentence for r in chosen.valid)
     printed = capsys.readouterr().out
-    message = r"left out (39|[4-9]\d) training rows whose sentences are in .*valid.csv too"
+    message = r"left out (39|[4-9]\d) training rows whose sentences are in .*valid.csv too, copies"
     assert re.search(message, printed)
     with pytest.raises(InputError, match="0 training rows and"):
         choose_rows(replace(settings, valid=str(SAMPLE / "train.csv")), print)
@@ -197,6 +197,23 @@ def test_copies_of_a_row_have_its_id_and_are_never_beside_it_in_validation(tmp_p
         assert not pairs[0] & pairs[1]
     everything = choose_rows(Settings(data=str(tmp_path), valid="none", clean=False), print)
     assert len(everything.train) == 2 * len(rows)
+    write_rows(tmp_path / "dev.csv", rows[:50])
+    chosen = choose_rows(Settings(data=str(tmp_path), valid=str(tmp_path / "dev.csv")), print)
+    assert not {r.id for r in chosen.train} & {r.id for r in rows[:50]}
+    assert len(chosen.train) > 1.8 * len(rows)
+
+
+def test_a_scaling_without_rows_to_fit_it_on_is_named(tmp_path, rows):
+    write_rows(tmp_path / "train.csv", rows)
+    messages = []
+    settings = Settings(data=str(tmp_path), valid="none")
+    assert not choose_rows(settings, messages.append).scaling
+    found = "found no test_data and no validation rows to scale no_relation on"
+    assert f"{found}: its probability is not scaled" in messages
+    with pytest.raises(InputError, match=f"--no-relation-share: {found}"):
+        choose_rows(replace(settings, no_relation_share=0.6), print)
+    choose_rows(replace(settings, split="stratified"), messages.append)
+    assert sum(found in text for text in messages) == 1
 
 
 def test_a_fold_is_taken_from_the_cleaned_rows():
