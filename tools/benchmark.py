@@ -60,12 +60,19 @@ SHAPES = {
 }  # fmt: skip
 
 
-def make_encoder(shape: str, folder: str, **changes):
-    """Write a RoBERTa with random weights, and a tokenizer of 32,000 pieces."""
-    sentences = [row.sentence for row in read_rows(Path(DATA) / "train.csv")]
-    make_tokenizer(folder, sentences, vocab_size=32000)
+def make_encoder(shape: str, folder: str, tokenizer=None, **changes):
+    """Write a RoBERTa with random weights, and a tokenizer of 32,000 pieces; returns the latter.
+
+    The tokenizer is learned from the sentences unless given.
+    """
+    if tokenizer:
+        tokenizer.save_pretrained(folder)
+    else:
+        sentences = [row.sentence for row in read_rows(Path(DATA) / "train.csv")]
+        tokenizer = make_tokenizer(folder, sentences, vocab_size=32000)
     config = transformers.RobertaConfig(vocab_size=32000, pad_token_id=0, **SHAPES[shape] | changes)
     transformers.RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return tokenizer
 
 
 def make_task(arguments, worker: Worker) -> RelationTask:
