@@ -203,7 +203,7 @@ def save_progress(folder: Path, content: dict, states: dict):
 
 @cache
 def save_stream(device: torch.device):
-    """One for each GPU: torch has 32 streams, so that a later one is that of a recording."""
+    """One for each GPU: torch hands out 32 streams in turn, in time that of a recording too."""
     return torch.cuda.Stream(device)
 
 

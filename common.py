@@ -198,11 +198,11 @@ def atomic_write(path: str | Path, mode: str = "w", keep: Path | None = None):
     written; the old file is then unchanged.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: expected the name of a file, found a folder")
-    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: the next write replaces it
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
+        if path.is_dir():
+            raise InputError(f"{path}: expected the name of a file, found a folder")
+        temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: the next write replaces it
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, mode, **text) as file:

@@ -253,14 +253,16 @@ def particle(word: str, pair: str) -> str:
     text = re.sub(r"[^\w%]+$", "", text)
     last = text[-1:]
     if "가" <= last <= "힣":
-        closed = (ord(last) - ord("가")) % 28 > 0
+        final = (ord(last) - ord("가")) % 28
+        closed, rieul = final > 0, final == 8
     elif last.isdigit():
-        closed = last in "013678"  # 영 일 삼 육 칠 팔
+        closed, rieul = last in "013678", last in "178"  # 영 일 삼 육 칠 팔
     elif re.search(r"(?:^|[^a-z])[A-Z]+$", text):
-        closed = last in "LMNR"  # read letter by letter: 엘 엠 엔 알
+        closed, rieul = last in "LMNR", last in "LR"  # read letter by letter: 엘 엠 엔 알
     else:
-        closed = re.search(r"(?:[lmn]e?|ng|[aeiou](?:c?k|p|t))$", text, re.IGNORECASE)
-    return after_consonant if closed else after_vowel
+        closed = bool(re.search(r"(?:[lmn]e?|ng|[aeiou](?:c?k|p|t))$", text, re.IGNORECASE))
+        rieul = bool(re.search(r"le?$", text, re.IGNORECASE))
+    return after_vowel if not closed or (rieul and after_consonant == "으로") else after_consonant
 
 
 # --- program ----------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def commands(paths: list[str], weights: list[int], soft: bool) -> list[str]:
             missing.append(shlex.join(["python", "infer.py", checkpoint, "--out", out]))
         outs += [out] if weight else []
     if len(set(outs)) < len(outs):
-        found = f"found two runs with the name {Counter(outs).most_common(1)[0][0]}"
+        found = f"two of the runs would both write {Counter(outs).most_common(1)[0][0]}"
         raise InputError(f"--select: {found}; rename the folder of one")
     chosen = [str(weight) for weight in weights if weight]
     command = ["python", "ensemble.py", *outs, *(["--soft"] if soft else [])]

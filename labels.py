@@ -2,7 +2,7 @@
 
     files, labels = read_folds(["runs/x-folds=5-fold=0/valid.csv", ...], print)
     suspects = find_suspects(rows, labels, file)
-    write_suspects("runs/labels/rows.csv", suspects)
+    write_suspects(Path("runs/labels/rows.csv"), suspects)
 
 Probabilities must come from models that were not trained on the row: a model repeats the labels
 that it has learned, right or wrong.

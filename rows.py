@@ -128,7 +128,7 @@ def rows_to_predict(data: str | Path, skipped: list[str] | None = None, log=prin
     path = data_file(folder, "test_data") if is_hub else file_in(folder, "test_data")
     try:
         return read_rows(path, skipped, log) if path else []
-    except MissingSplit:
+    except MissingSplit:  # as a folder without the file
         return []
 
 

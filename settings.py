@@ -90,7 +90,7 @@ class TrainingSettings:
     fresh: bool = setting(False, "run",
         "start over; otherwise the same command resumes from the run's last.pt", named=False)
     cuda_graphs: bool = setting(True, "run",
-        "record training steps and evaluations as CUDA graphs: several times faster", named=False)
+        "record training steps as CUDA graphs, and predictions: several times faster", named=False)
     deterministic: bool = setting(False, "run",
         "bit-identical results on a GPU too; slower", named=False)
     # fmt: on

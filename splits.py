@@ -72,11 +72,13 @@ def choose_rows(settings: Settings, log) -> ChosenRows:
         valid = with_label_names(valid, settings.label_order, skipped)
         valid = with_known_labels(valid, labels, skipped)
         held_out, n_rows = {row.sentence for row in valid}, len(rows)
-        ids = {row.id for row in rows if row.sentence in held_out}
+        ids = {row.id for row in in_file if row.sentence in held_out}
         rows = [row for row in rows if row.id not in ids]
         if len(rows) < n_rows:
-            found = f"left out {n_rows - len(rows)} training rows whose sentences"
-            log(f"{found} are in {settings.valid} too, copies with their ids included")
+            found = f"left out {n_rows - len(rows)} training rows"
+            log(
+                f"{found}: their sentences are in {settings.valid}, or they are copies of such rows"
+            )
     else:
         first = [row for row in rows if row.where not in copies]
         if settings.folds:

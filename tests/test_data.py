@@ -23,6 +23,7 @@ from data import (
 )
 from metrics import write_predictions
 from rows import read_rows
+from sample import make_sample
 from tests.helpers import SAMPLE, row, write_rows
 
 SENTENCE = "〈Something〉는 조지 해리슨이 쓰고 비틀즈가 1969년 앨범 《Abbey Road》에 담은 노래다."
@@ -250,6 +251,8 @@ def test_a_typed_marker_needs_types():
         ("《기생충》", "과/와", "과"),
         ("'미나리'", "은/는", "는"),
         ("100%", "은/는", "는"),
+        ("서울", "으로/로", "로"),
+        ("부산", "으로/로", "으로"),
         ("\u1100\u1161\u11a8", "과/와", "과"),  # decomposed: the final consonant is a jamo
         ("中國", "과/와", "와"),
         ("", "과/와", "와"),
@@ -257,6 +260,13 @@ def test_a_typed_marker_needs_types():
 )
 def test_particles(word, pair, expected):
     assert particle(word, pair) == expected
+
+
+def test_the_sample_is_what_its_script_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_sample, "HERE", tmp_path)
+    make_sample.main()
+    for name in ("train.csv", "test_data.csv"):
+        assert (tmp_path / name).read_bytes() == (SAMPLE / name).read_bytes()
 
 
 # --- versions ---------------------------------------------------------------------------------

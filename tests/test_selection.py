@@ -142,7 +142,7 @@ def test_bad_input_of_a_selection_is_one_line(call, runs, tmp_path):
     assert found in refused("--select", PATTERN)
     write(tmp_path / "runs/b/valid.csv", runs["b"], None)
     assert "runs/b/valid.csv: header: found 'no column label'" in refused("--select", PATTERN)
-    with pytest.raises(InputError, match="--select: found two runs with the name out/runs-a"):
+    with pytest.raises(InputError, match="--select: two of the runs would both write out/runs-a"):
         ensemble.commands(["x/runs/a/valid.csv", "y/runs/a/valid.csv"], [2, 1], soft=True)
     for name, probs in runs.items():
         write(tmp_path / f"few/{name}/valid.csv", probs[:19], GOLD[:19])

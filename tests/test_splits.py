@@ -164,7 +164,7 @@ def test_no_sentence_of_a_validation_file_is_trained_on(tmp_path, capsys):
     assert (len(chosen.valid), chosen.negative_share) == (39, 0.6)
     assert {r.sentence for r in chosen.train}.isdisjoint(r.sentence for r in chosen.valid)
     printed = capsys.readouterr().out
-    message = r"left out (39|[4-9]\d) training rows whose sentences are in .*valid.csv too, copies"
+    message = r"left out (39|[4-9]\d) training rows: their sentences are in .*valid.csv, or they"
     assert re.search(message, printed)
     with pytest.raises(InputError, match="0 training rows and"):
         choose_rows(replace(settings, valid=str(SAMPLE / "train.csv")), print)
