@@ -255,7 +255,7 @@ def predict_file(arguments: argparse.Namespace, predictor: Predictor, worker: Wo
             n_triples = sum(1 for _ in (csv.reader(file) if as_csv else file)) - as_csv  # a header
         found = f"{n_triples} triples of {found}"
     if seen.left_out:
-        why = "no training row has a relation between their types, or they have one span"
+        why = "no training row has a relation between such types, or both are the same span"
         log(f"left out {seen.left_out} of {seen.n_pairs} pairs of entities: {why}")
     print(f"{' and '.join(map(str, outs))}: {found}")
     if skipped:

@@ -105,6 +105,8 @@ class TrainingSettings:
             if not (math.isfinite(value) and low <= value <= high):
                 limits = f"{low} to {high}" if high < math.inf else f"at least {low}"
                 raise InputError(f"{option(f.name)}: found {value}, expected {limits}")
+        if self.out and Path(self.out).resolve() == Path.cwd():
+            raise InputError(f"--out {self.out}: found the current folder, expected a run's folder")
         if self.patience and self.valid == "none":
             raise InputError("--patience needs validation scores; --valid none has none")
 

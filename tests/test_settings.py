@@ -71,6 +71,7 @@ def test_learning_rate_and_decay_depend_on_the_encoder_unless_given(
         "--max-length 10",
         "--label-smoothing 0.1 --focal-gamma 2",
         "--patience 2 --valid none",
+        "--out .",
         "--folds 5 --fold 5",
         "--folds 1",
         "--fold 1",
