@@ -211,8 +211,8 @@ def group_table(heading: str, names: list[str], group: np.ndarray, predicted, go
         p, g = predicted[group == i], gold[group == i]
         line = {heading: names[i], "rows": len(g), "relations": (g != 0).sum()}
         line |= dict.fromkeys(("micro F1", "from", "to"), math.nan)
-        if (p != 0).any() or (g != 0).any():
-            counted = (p != 0) | (g != 0)  # in samples without any of these F1 is undefined
+        counted = (p != 0) | (g != 0)  # without any of these rows F1 is undefined
+        if counted.any():
             weights = bootstrap_weights(len(g))
             drawn = [weighted_f1(p, g, w)[counted @ w > 0] for w in weights]
             line["micro F1"] = weighted_f1(p, g, np.ones(len(g)))

@@ -51,7 +51,10 @@ def expect_new_id(row_id: str, line: int, line_of: dict[str, int], where: str):
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that match a pattern, sorted; itself without any, so that reading it names it."""
+    """The files that match a pattern, sorted.
+
+    [pattern] if no file matches: reading it then raises an error that names it.
+    """
     return sorted(glob.glob(pattern)) or [pattern]
 
 

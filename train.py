@@ -215,7 +215,7 @@ def finish(folder: Path, task: Task, settings, progress: Progress, writer: Summa
         print(f"\n{task.describe(progress.best)}")
         print(f"best model at step {progress.best['step']} of {progress.step}, on validation rows")
     else:
-        print("\nno validation rows: the last model is kept, without scores")
+        print("\nno validation data and no scores: the model of the last step was saved")
     n, seconds = progress.sentences, progress.seconds
     print(f"trained on {n} sentences in {seconds:.0f} s, {n / seconds:.1f} per second")
     print(f"next:\n{task.next_commands([folder])}")
